@@ -1,0 +1,39 @@
+"""Train a language model with GRPO: python main.py --config configs/... --dataset_name countdown"""
+
+import argparse
+import sys
+
+from src.config import ConfigError, load_config
+from src.rl_datasets import TASKS
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Nothing heavy is imported before it and the config are known to be good."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file that defines the experiment")
+    parser.add_argument("--dataset_name", required=True, choices=sorted(TASKS), help="task to train on")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                        help="override a config key, for example training.learning_rate=1e-5; repeatable")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
+    parser.add_argument("--eval_only", action="store_true", help="evaluate the model, train nothing, write nothing")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        from src.train_grpo import run_evaluation, run_training  # torch and transformers: seconds to import
+
+        if arguments.eval_only:
+            run_evaluation(config, arguments.dataset_name)
+        else:
+            run_training(config, arguments.dataset_name, fresh=arguments.fresh)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Models in, checkpoints out: everything a run needs to go on as if it had not stopped, in Hugging Face format.
+
+A checkpoint is one folder, written beside its final name and then renamed, so that a half-written one is never taken
+for a whole one. Data order and sampling are functions of (seed, step) and need no state of their own.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from src.config import Config, ConfigError
+from src.packing import ATTENTION_NAME
+
+PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one, else CPU; a device that is not there is an error."""
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"model.device: {name} is not there; this machine has "
+                          f"{torch.cuda.device_count()} CUDA devices; use model.device: auto")  # fmt: skip
+    return device
+
+
+def resolve_model_path(path: str) -> str:
+    """A local folder, as given or beside main.py; else the name is left to the hub."""
+    for candidate in (Path(path).expanduser(), PROJECT_FOLDER / path):
+        if candidate.is_dir():
+            if not (candidate / "config.json").is_file():
+                raise ConfigError(f"model.pretrained_model_path: {path} has no config.json, so it is not a model in "
+                                  f"Hugging Face format")  # fmt: skip
+            return str(candidate)
+    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "~", "/", "models/"))
+    if not is_hub_id:
+        raise ConfigError(f"model.pretrained_model_path: there is no folder {path}; give a folder or a hub id")
+    return path
+
+
+def from_hub_or_folder(loader, path: str, **options):
+    """loader.from_pretrained, its errors in one sentence."""
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = "check that folder" if Path(path).is_dir() else "check the name and the network, or give a local folder"
+        raise ConfigError(f"model.pretrained_model_path: {path} cannot be loaded; {advice} ({reason})") from error
+
+
+def load_tokenizer(config: Config):
+    """The model's tokenizer; loading it first shows early whether the model is there at all."""
+    path = resolve_model_path(config.model.pretrained_model_path)
+    return from_hub_or_folder(AutoTokenizer, path, trust_remote_code=config.model.trust_remote_code)
+
+
+def load_model(config: Config, device: torch.device, path: str | None = None):
+    """The model with the packed attention, dropout off; `path` loads the weights of a checkpoint instead."""
+    path = path or resolve_model_path(config.model.pretrained_model_path)
+    model_config = from_hub_or_folder(AutoConfig, path, trust_remote_code=config.model.trust_remote_code)
+    for name in vars(model_config):  # dropout would make the sampler and the trainer two different policies
+        if "dropout" in name and isinstance(getattr(model_config, name), float):
+            setattr(model_config, name, 0.0)
+    model = from_hub_or_folder(
+        AutoModelForCausalLM, path, config=model_config, dtype=getattr(torch, config.model.dtype),
+        attn_implementation=ATTENTION_NAME, trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
+    return model.to(device).eval()
+
+
+def end_token_ids(model, tokenizer) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's and all of the model's own."""
+    ids = {tokenizer.eos_token_id}
+    for source in (model.generation_config, model.config.get_text_config()):
+        given = getattr(source, "eos_token_id", None)
+        ids.update(given if isinstance(given, list) else [given])
+    ids.discard(None)
+    if not ids:
+        raise ConfigError("the tokenizer and the model name no end-of-sequence token, so no completion could ever end")
+    return tuple(sorted(ids))
+
+
+def sync_folder(folder: Path) -> None:
+    """Force every file of a folder, and the folder itself, onto the disk."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Weights, config and tokenizer: AutoModelForCausalLM loads the folder. Written beside, then renamed."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    replace_folder(partial, folder)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Give a completely written folder its name."""
+    sync_folder(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, extra: dict, keep: int) -> None:
+    """Write checkpoints/step_N and drop the oldest beyond `keep`."""
+    final = folder / f"step_{step:06d}"
+    partial = folder / f"step_{step:06d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    state = {"step": step, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state(), **extra}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    torch.save(state, partial / "training_state.pt")
+    replace_folder(partial, final)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial" and path.is_dir())
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> dict:
+    """Put a checkpoint's weights and optimizer state into place; returns the rest of the state."""
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(state.pop("optimizer"))
+    torch.set_rng_state(state.pop("torch_rng"))
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state.pop("cuda_rng"))
+    return state

@@ -1,0 +1,260 @@
+"""The experiment, typed: every key with its default, range and meaning; strict YAML loading; nothing heavy imported.
+
+A key is one line below: `name: type = key(default, "what it does", ...)`. To add one, add a line, and read it somewhere.
+`read_by` names the loss types that read a key: giving it with another loss type is an error, except for the keys of the
+GRPO-mini format, whose files load unmodified.
+"""
+
+import difflib
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+# penalty names live here too, and not only in src/penalties.py, because checking a config must not import torch
+LOSS_TYPES = ("none", "kl", "approx_kl")
+
+
+class ConfigError(ValueError):
+    """A sentence for the user: which file and key is wrong, and what to do. main.py prints it and exits with 2."""
+
+
+def key(default: Any, doc: str, **rules: Any) -> Any:
+    """A config field. Rules: minimum, above, maximum, below (numbers), choices, read_by (loss types)."""
+    metadata = {"doc": doc, **rules}
+    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(
+        default=default, metadata=metadata
+    )
+
+
+@dataclass
+class ModelConfig:
+    """Which model, where and in which precision."""
+
+    pretrained_model_path: str = key("models/countdown-tiny", "Local folder in Hugging Face format, or a hub id.")
+    device: str = key("auto", "`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`.")
+    dtype: str = key("bfloat16", "Precision of the weights.", choices=("float32", "bfloat16"))
+    trust_remote_code: bool = key(False, "Allow a model repository to run its own Python code.")
+
+
+@dataclass
+class DataConfig:
+    """Problems to train on and to evaluate on."""
+
+    seed: int = key(0, "Seed of the built-in problem generator; separate from random_seed, so that runs with different "
+                    "seeds share their problems.", minimum=0)  # fmt: skip
+    train_size: int = key(8192, "Training problems to generate.", minimum=1)
+    eval_size: int = key(256, "Held-out problems of the fixed evaluation set.", minimum=1)
+    eval_split: str = key("test", "Held-out split to evaluate on; choose settings on `validation`.",
+                          choices=("test", "validation"))  # fmt: skip
+    eval_samples: int = key(8, "Completions sampled for each evaluation problem, for pass@1 and pass@k.", minimum=1)
+    num_numbers: list[int] = key([3, 4], "countdown: how many numbers a problem has; one of these at random.", minimum=2, maximum=6)
+    number_max: int = key(99, "countdown: numbers are drawn from 1 to this.", minimum=2, maximum=9999)
+    target_max: int = key(99, "countdown: targets are 1 to this.", minimum=1, maximum=9999)
+    system_prompt: str | None = key(None, "System message in place of the task's own; an empty string for none.")
+    response_prefix: str | None = key(None, "What the answer must begin with, in place of the task's own; it is part of "
+                                      "the prompt.")  # fmt: skip
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: sizes of a step, sampling, the objective, the optimizer, and when to save and evaluate."""
+
+    random_seed: int = key(1337, "Seed of sampling and of the order of the problems.", minimum=0)
+    max_steps: int | None = key(None, "Steps of the run; empty: num_epochs passes over the training problems.", minimum=1)
+    num_epochs: int = key(1, "Passes over the training problems when max_steps is empty.", minimum=1)
+    batch_size: int = key(256, "Completions a step.", minimum=2)
+    num_questions_per_batch: int = key(32, "Prompts a step; a group is batch_size / num_questions_per_batch.", minimum=1)
+    max_prompt_len: int = key(256, "Longest prompt in tokens; a longer one is left out, with a count in the log.", minimum=1)
+    max_gen_len: int = key(1024, "Longest completion in tokens.", minimum=1)
+    inference_batch_size: int = key(256, "Completions decoded at once (slots of the key-value cache).", minimum=1)
+    temperature: float = key(1.0, "Sampling temperature; log-probs are those of the tempered distribution.", above=0)
+    micro_batch_size: int = key(8, "Completions a forward and backward pass; never changes the result.", minimum=1)
+    max_tokens_per_microbatch: int | None = key(None, "Token budget of a pass, in place of micro_batch_size.", minimum=1)
+    minibatches: int = key(1, "Optimizer steps a rollout is divided into.", minimum=1)
+    inner_epochs: int = key(1, "Passes over a rollout.", minimum=1)
+    skip_unfinished_episodes: bool = key(False, "Leave completions that hit max_gen_len out of the loss.")
+    loss_type: str = key("kl", "The penalty that is added to the policy loss.", choices=LOSS_TYPES)
+    beta: float = key(0.04, "Weight of the penalty.", minimum=0)
+    anchor: str = key("reference", "What the penalty measures distance from: the initial policy, or the one that sampled.",
+                      choices=("reference", "rollout"))  # fmt: skip
+    kl_target: float = key(0.0, "The KL penalty counts only above this many nats a token (mean over a completion).", minimum=0, read_by=("kl", "approx_kl"))
+    kl_direction: str = key("reverse", "`reverse` KL(policy || anchor) or `forward` KL(anchor || policy).", choices=("reverse", "forward"), read_by=("kl",))
+    kl_estimator: str = key("k3", "Estimator from the sampled tokens.", choices=("k1", "k2", "k3"), read_by=("approx_kl",))
+    ot_target: float = key(0.0, "The OT penalty counts only above this.", minimum=0, read_by=("ot",))
+    ot_window: int = key(16, "Width of the band |i - j| of the transport.", minimum=1, read_by=("ot",))
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
+    epsilon: float = key(0.2, "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).", minimum=0, below=1)
+    epsilon_high: float | None = key(None, "Clip range upwards; empty: epsilon.", minimum=0)
+    loss_agg: str = key("token", "Mean over all tokens of the update, over sequences of their token means, or divided by "
+                        "the constant max_gen_len.", choices=("token", "sequence", "constant"))  # fmt: skip
+    scale_rewards: str = key("group", "Advantages are divided by the standard deviation of the group or of the batch, or "
+                             "not at all.", choices=("group", "batch", "none"))  # fmt: skip
+    old_logprobs: str = key("trainer", "With several updates a rollout: ratios against log-probs of an extra pass before the "
+                            "first update, or against the sampler's own.", choices=("trainer", "sampler"))  # fmt: skip
+    learning_rate: float = key(1e-6, "Peak learning rate.", above=0)
+    warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
+    lr_schedule: str = key("constant", "After the warm-up: constant, or linear or cosine decay to zero at the last step.",
+                           choices=("constant", "linear", "cosine"))  # fmt: skip
+    betas: list[float] = key([0.9, 0.999], "Adam's decay rates.", minimum=0, below=1)
+    adam_eps: float = key(1e-8, "Adam's epsilon.", above=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay.", minimum=0)
+    max_grad_norm: float = key(1.0, "The gradient is clipped to this norm.", above=0)
+    memory_efficient_adamw: bool = key(False, "Compressed optimizer states, see src/optim.py.")
+    eval_interval: int = key(10, "Steps between evaluations; 0: only before and after.", minimum=0)
+    ckpt_save_interval: int = key(100, "Steps between checkpoints; 0: only at the end.", minimum=0)
+    keep_checkpoints: int = key(2, "Checkpoints kept.", minimum=1)
+
+
+@dataclass
+class Config:
+    """One experiment: the sections of a config file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    source: str = ""  # the file it came from: its stem names the run folder
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+# Keys of the GRPO-mini format that only some loss types read: its files carry all of them, so they never complain.
+SEED_FORMAT_KEYS = {"beta", "kl_target", "ot_target", "ot_window"}
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """`; did you mean ...?` for a near miss, else the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; known are: {', '.join(sorted(known))}"
+
+
+def convert(value: Any, wanted: Any, where: str) -> Any:
+    """`value` as the field's type, or a ConfigError. YAML reads 1e-6 as a string, so number-like strings count."""
+    if isinstance(wanted, UnionType):
+        if value is None:
+            return None
+        wanted = next(option for option in get_args(wanted) if option is not type(None))
+    if get_origin(wanted) is list:
+        items = value if isinstance(value, list) else [value]
+        return [convert(item, get_args(wanted)[0], where) for item in items]
+    if wanted is bool and isinstance(value, bool):
+        return value
+    if wanted is str and isinstance(value, str):
+        return value
+    if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if wanted is float and number - number == 0:
+                return number
+            if wanted is int and number == int(number):
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    raise ConfigError(f"{where} must be {names[wanted]}, not {value!r}")
+
+
+def check_rules(value: Any, rules: Any, where: str) -> None:
+    """Range and choice of one value (each item of a list), or a ConfigError."""
+    for item in value if isinstance(value, list) else [value]:
+        if item is None:
+            continue
+        if "choices" in rules and item not in rules["choices"]:
+            raise ConfigError(f"{where}: {item!r} is not known{suggest(str(item), list(rules['choices']))}")
+        for rule, wrong, words in (
+            ("minimum", lambda a, b: a < b, "at least"), ("above", lambda a, b: a <= b, "greater than"),
+            ("maximum", lambda a, b: a > b, "at most"), ("below", lambda a, b: a >= b, "less than"),
+        ):  # fmt: skip
+            if rule in rules and wrong(item, rules[rule]):
+                raise ConfigError(f"{where} must be {words} {rules[rule]}, not {item}")
+
+
+def fill_section(section: str, given: Any, source: str) -> Any:
+    """One section's dataclass from its YAML mapping."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{source}: {section} must be a list of `key: value` lines, not {given!r}")
+    known: dict[str, Field] = {item.name: item for item in fields(SECTIONS[section])}
+    values = {}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{source}: {section}.{name} is not a key{suggest(str(name), list(known))}")
+        where = f"{source}: {section}.{name}"
+        values[name] = convert(value, known[name].type, where)
+        check_rules(values[name], known[name].metadata, where)
+    return SECTIONS[section](**values)
+
+
+def check_combinations(config: Config, given: dict[str, dict], source: str) -> None:
+    """Rules that concern several keys at once."""
+    training = config.training
+    questions, size = training.num_questions_per_batch, training.batch_size
+    if size % questions or size // questions < 2:
+        raise ConfigError(
+            f"{source}: training.batch_size ({size}) must be a multiple of num_questions_per_batch ({questions}) and at "
+            f"least twice as large; set batch_size to num_questions_per_batch x group size"
+        )
+    if questions % training.minibatches:
+        raise ConfigError(
+            f"{source}: training.num_questions_per_batch ({questions}) must be a multiple of minibatches "
+            f"({training.minibatches}); groups are not cut apart"
+        )
+    if len(training.betas) != 2:
+        raise ConfigError(f"{source}: training.betas must be two numbers such as [0.9, 0.999], not {training.betas}")
+    for name in given.get("training", {}):
+        read_by = unread_by(config, name)
+        if read_by and name not in SEED_FORMAT_KEYS:
+            raise ConfigError(
+                f"{source}: training.{name} is not read by loss_type {training.loss_type}; it belongs to "
+                f"{', '.join(read_by)}; remove the key or change the loss_type"
+            )
+
+
+def unread_by(config: Config, name: str) -> tuple[str, ...]:
+    """The loss types that read training key `name`, if this config's is not among them; else ()."""
+    read_by = TrainingConfig.__dataclass_fields__[name].metadata.get("read_by", ())
+    return () if config.training.loss_type in read_by else read_by
+
+
+def read_yaml(path: str) -> dict:
+    """The file's mapping, or a ConfigError that says what is wrong with it."""
+    if not Path(path).is_file():
+        near = sorted(str(file) for file in Path("configs").glob("*/*.yaml"))
+        raise ConfigError(f"{path}: there is no such config file{suggest(path, near) if near else ''}")
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold the sections {', '.join(SECTIONS)}")
+    return raw
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything; ConfigError says what is wrong."""
+    path = str(path)
+    raw = read_yaml(path)
+    for section in raw:
+        if section not in SECTIONS:
+            raise ConfigError(f"{path}: {section} is not a section{suggest(str(section), list(SECTIONS))}")
+    given = {section: dict(raw[section]) if isinstance(raw[section], dict) else raw[section] or {} for section in raw}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, _, option = name.strip().partition(".")
+        if not equals or section not in SECTIONS or not option:
+            raise ConfigError(f"--set {override}: write it as section.key=value, for example training.learning_rate=1e-5")
+        try:
+            given.setdefault(section, {})[option] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value cannot be read as YAML") from error
+    config = Config(**{section: fill_section(section, given[section], path) for section in given}, source=path)
+    check_combinations(config, given, path)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that loads again; keys the loss type does not read are left out."""
+    sections = asdict(config)
+    sections.pop("source")
+    sections["training"] = {name: value for name, value in sections["training"].items() if not unread_by(config, name)}
+    return yaml.safe_dump(sections, sort_keys=False, width=120)

@@ -1,0 +1,443 @@
+"""AdamW whose master weights and moments fit in 3 bytes a parameter beside the bf16 weight and its gradient.
+
+A step walks over the parameters in flat chunks: decode the chunk to fp32 scratch, let torch's own fused
+AdamW kernel do the arithmetic there, encode it again. So the mathematics is `torch.optim.AdamW(fused=True)` by
+construction, and memory options change only how a number is stored between two steps:
+
+  master   fp32 bits = (bf16 parameter's bits << 16) + signed correction, int16 (exact) or int8 (24-bit master)
+  state 16 bf16 moments
+  state 8  blocks of 128: v as 8 bits of v^(1/4), m as 8 linear bits of m / sqrt(v), an fp32 scale a block each
+
+Whatever is not exact is rounded with dither, never to nearest. At beta2 = 0.999 a second moment changes by 0.1%
+a step and at lr 1e-6 a weight by less than half a 24-bit unit: rounding to nearest would discard both for ever,
+dithered rounding keeps them on average. The dither is a Weyl sequence in time with a random phase for each
+element, so the errors of successive steps cancel instead of accumulating, and no generator state need be saved.
+
+m is stored as m / sqrt(v), unlike 8-bit Adam (arXiv:2110.02861) and FlashOptim (arXiv:2602.23349, from which the
+24-bit split is taken): the ratio is bounded (Cauchy-Schwarz), so a large neighbour in its block can not turn an
+element's tiny m over tinier v into a huge step.
+
+Left out: amsgrad, maximize, sparse gradients, fp16 parameters, capturing the step in a CUDA graph.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # elements that share one 8-bit scale
+CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # scratch is 16 to 24 bytes an element; on a CPU it must stay in L2
+PHASES = 2**16  # period of the dither's phases along a flat tensor
+LARGEST_BITS = 0x7FFF7E00  # above lie only NaNs that rounding up would carry into the sign bit
+LARGEST_ROOT = 4e9  # v^(1/4) just below fp32's maximum: an overflown v must not make its block's scale infinite
+SMALLEST_SCALE = 1e-10  # of v^(1/4), i.e. sqrt(v) = 1e-20, far below any eps: keeps 0 / 0 out of empty blocks
+
+
+class Workspace:
+    """One device's scratch, shared by all chunks: four fp32 buffers, the dither of the current update, staging."""
+
+    def __init__(self, device: torch.device, size: int):
+        self.device, self.size = device, size
+        self.master, self.gradient, self.momentum, self.variance = torch.zeros(4, size, device=device)  # [size] each
+        phases = torch.randint(PHASES, (PHASES,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        self.phases = phases.repeat(-(-size // PHASES) + 1)[: PHASES + size].to(device)  # [PHASES + size]
+        self.sixteenths = torch.zeros_like(self.phases)  # [PHASES + size] dither in 1/65536 of a unit
+        self.eighths = torch.zeros_like(self.phases)  # [PHASES + size] the same in 1/256 of a unit
+        self.fractions = torch.zeros(self.phases.shape, device=device)  # [PHASES + size] the same in units
+        self.updates = -1
+        self.slots: dict[tuple, list[dict[str, Tensor]]] = {}
+        self.copier = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def advance(self, updates: int) -> None:
+        """Move every element's dither on by the golden ratio of a unit, the Weyl sequence of least discrepancy."""
+        if updates != self.updates:
+            self.updates = updates
+            torch.add(self.phases, updates * 40503 % PHASES, out=self.sixteenths).bitwise_and_(PHASES - 1)
+            torch.bitwise_right_shift(self.sixteenths, 8, out=self.eighths)
+            torch.mul(self.sixteenths, 1 / PHASES, out=self.fractions)
+
+    def dither(self, table: Tensor, start: int, stop: int, use: int) -> Tensor:
+        """The dither of elements start..stop of a shard, however it is cut; `use` keeps three uses independent."""
+        place = (start + use * PHASES // 3) % PHASES
+        return table[place : place + stop - start]
+
+    def slot(self, layout: dict[str, tuple[torch.dtype, int]], parity: int) -> dict[str, Tensor]:
+        """One of the two device buffers through which states in host memory pass."""
+        key = tuple(layout.items())
+        if key not in self.slots:
+            self.slots[key] = [
+                {name: torch.zeros(self.size // per, dtype=dtype, device=self.device)
+                 for name, (dtype, per) in layout.items()} for _ in range(2)]
+        return self.slots[key][parity]
+
+
+class Chunk:
+    """A range of a shard that is stepped at once, with every view of it made beforehand: none is made in a step."""
+
+    def __init__(self, shard: "Shard", work: Workspace, parity: int, start: int, pieces: list[tuple[int, int, int]]):
+        self.pieces = pieces  # (parameter, its first element here, one past its last)
+        places, stop = [], start  # where in the scratch each piece lies
+        for _, first, last in pieces:
+            places.append(slice(stop - start, stop - start + last - first))
+            stop += padded(last - first)
+        self.home = {name: shard.states[name][start // per : stop // per] for name, (_, per) in shard.layout.items()}
+        self.states = self.home
+        if shard.staged:
+            slot = work.slot(shard.layout, parity)
+            self.states = {name: slot[name][: home.numel()] for name, home in self.home.items()}
+        count = stop - start
+        self.master, self.gradient = work.master[:count], work.gradient[:count]  # [n]
+        exact = shard.layout["momentum"][0] == torch.float32
+        self.momentum = self.states["momentum"] if exact else work.momentum[:count]  # [n]
+        self.variance = self.states["variance"] if exact else work.variance[:count]  # [n]
+        self.bits = self.master.view(torch.int32)  # [n]
+        self.dither_master = work.dither(work.eighths, start, stop, 0)  # [n]
+        moments = work.fractions if "momentum_scale" in shard.layout else work.sixteenths
+        self.dither_momentum = work.dither(moments, start, stop, 1)  # [n]
+        self.dither_variance = work.dither(moments, start, stop, 2)  # [n]
+        self.master_pieces, self.bits_pieces, self.gradient_pieces, self.momentum_pieces, self.variance_pieces = (
+            [whole[place] for place in places]
+            for whole in (self.master, self.bits, self.gradient, self.momentum, self.variance))
+        self.tails = [self.variance[place.stop : place.start + padded(place.stop - place.start)] for place in places]
+        self.tails = [tail for tail in self.tails if tail.numel()]
+        flat = [shard.parameters[index].detach().view(-1)[first:last] for index, first, last in pieces]
+        self.weights = [one.view(torch.int16) for one in flat] if shard.dtype == torch.bfloat16 else flat
+        self.steps = [shard.steps[index] for index, _, _ in pieces]
+
+
+class Shard:
+    """The states of a group's parameters of one dtype on one device, each kind in one flat tensor.
+
+    Every parameter starts at a multiple of BLOCK, so that no block is shared and a skipped one stays untouched.
+    """
+
+    def __init__(self, parameters: list[Tensor], layout: dict[str, tuple[torch.dtype, int]], offload: bool):
+        self.parameters, self.layout = parameters, layout  # layout: name -> (dtype, parameters that share an entry)
+        self.device, self.dtype = parameters[0].device, parameters[0].dtype
+        self.starts, self.total = [], 0
+        for parameter in parameters:
+            self.starts.append(self.total)
+            self.total += padded(parameter.numel())
+        self.staged = offload and self.device.type == "cuda"
+        home = {"device": "cpu", "pin_memory": True} if self.staged else {"device": self.device}
+        self.states = {name: torch.zeros(self.total // per, dtype=dtype, **home)
+                       for name, (dtype, per) in layout.items()}
+        self.steps = torch.zeros(len(parameters), device=self.device)  # [parameters]
+        self.active = torch.zeros(len(parameters), device=self.device)  # [parameters] 1 where there is a gradient
+        self.addresses: tuple[int, ...] = ()
+        self.work: Workspace | None = None
+        self.chunks: list[Chunk] = []
+
+    def state_of(self, index: int) -> dict[str, Tensor]:
+        """Views of one parameter's states, for `optimizer.state` and hence for `state_dict`."""
+        start, count = self.starts[index], self.parameters[index].numel()
+        views = {name: self.states[name][start // per : start // per + -(-count // per)]
+                 for name, (_, per) in self.layout.items()}
+        return {"step": self.steps[index], **views}
+
+    def plan(self, addresses: tuple[int, ...], work: Workspace) -> None:
+        """Cut the parameters that have a gradient (an address that is not 0) into chunks of the scratch's size."""
+        self.addresses, self.work, self.chunks = addresses, work, []
+        self.active = torch.tensor([float(address != 0) for address in addresses], device=self.device)
+        ranges: list[tuple[int, int, list]] = []  # (start, stop, pieces)
+        for index, parameter in enumerate(self.parameters):
+            first, count = 0, parameter.numel() if addresses[index] else 0
+            while first < count:
+                position = self.starts[index] + first
+                start, stop, pieces = ranges.pop() if ranges else (position, position, [])
+                if stop != position or stop - start == work.size:
+                    ranges.append((start, stop, pieces))
+                    start, pieces = position, []
+                last = min(count, first + work.size - (position - start))
+                ranges.append((start, position + padded(last - first), pieces + [(index, first, last)]))
+                first = last
+        self.chunks = [Chunk(self, work, parity % 2, start, pieces) for parity, (start, _, pieces) in enumerate(ranges)]
+
+
+def padded(count: int) -> int:
+    """The next multiple of BLOCK."""
+    return -(-count // BLOCK) * BLOCK
+
+
+def decode_master(correction: Tensor, bits: Tensor) -> None:
+    """bits, int32 [n]: in, the bf16 parameter's bits; out, the fp32 master's."""
+    if correction.dtype == torch.int16:
+        bits.bitwise_left_shift_(16).add_(correction)
+    else:
+        bits.bitwise_left_shift_(8).add_(correction).bitwise_left_shift_(8)
+
+
+def encode_master(correction: Tensor, bits: Tensor, dither: Tensor) -> None:
+    """bits, int32 [n]: in, the fp32 master's; out, those of the nearest bf16. The rest goes into `correction`.
+
+    Ties go away from zero: then the difference is the low half read as a signed number, with no 17th case.
+    """
+    bits.clamp_(max=LARGEST_BITS)
+    if correction.dtype == torch.int16:
+        correction.copy_(bits)  # the cast keeps the low 16 bits
+        bits.add_(2**15).bitwise_right_shift_(16)
+    else:
+        bits.add_(dither).bitwise_right_shift_(8)  # master rounded to 24 bits
+        correction.copy_(bits)  # its low 8 bits
+        bits.add_(2**7).bitwise_right_shift_(8)
+
+
+def encode_bf16(stored: Tensor, moment: Tensor, dither: Tensor) -> None:
+    """Dithered rounding to bf16, in place on the bits: bf16 to nearest would never let v decay."""
+    bits = moment.view(torch.int32).add_(dither).bitwise_right_shift_(16)  # [n]
+    stored.view(torch.int16).copy_(bits)
+
+
+def decode_8bit(states: dict[str, Tensor], momentum: Tensor, variance: Tensor) -> None:
+    """momentum and variance, fp32 [n], from their blockwise codes."""
+    variance.copy_(states["variance"]).view(-1, BLOCK).mul_(states["variance_scale"][:, None])
+    variance.square_()  # sqrt(v)
+    momentum.copy_(states["momentum"]).view(-1, BLOCK).mul_(states["momentum_scale"][:, None])
+    momentum.mul_(variance)
+    variance.square_()
+
+
+def encode_8bit(states: dict[str, Tensor], momentum: Tensor, variance: Tensor, scratch: tuple[Tensor, Tensor],
+                dithers: tuple[Tensor, Tensor], ratio_limit: float) -> None:
+    """The inverse; destroys momentum and variance. Codes of v start at 1: sqrt(v) = 0 would lose m with it."""
+    integers, magnitude = scratch[0].view(torch.int32), scratch[1]  # [n] each
+    root, root_scale = variance.sqrt_().sqrt_().clamp_(max=LARGEST_ROOT), states["variance_scale"]
+    torch.amax(root.view(-1, BLOCK), dim=1, out=root_scale)
+    root_scale.mul_(1 / 254.99).clamp_(min=SMALLEST_SCALE)  # 0.01 below the last code: dither must not overflow it
+    root.view(-1, BLOCK).div_(root_scale[:, None])
+    states["variance"].copy_(integers.copy_(root.clamp_(min=1).add_(dithers[0])))  # float -> int32 -> uint8 is faster
+
+    deviation = variance.copy_(states["variance"])  # sqrt(v) as it will be decoded
+    deviation.view(-1, BLOCK).mul_(root_scale[:, None]).square_()
+    ratio, ratio_scale = momentum.div_(deviation).clamp_(-ratio_limit, ratio_limit), states["momentum_scale"]
+    torch.amax(torch.abs(ratio, out=magnitude).view(-1, BLOCK), dim=1, out=ratio_scale)
+    ratio_scale.mul_(1 / 126.99).clamp_(min=SMALLEST_SCALE)
+    ratio.view(-1, BLOCK).div_(ratio_scale[:, None])
+    states["momentum"].copy_(integers.copy_(ratio.add_(dithers[1]).floor_()))
+
+
+class MemoryEfficientAdamW(torch.optim.Optimizer):
+    """torch's fused AdamW on bf16 or fp32 parameters with small states; see the module's docstring for the formats.
+
+    `master_bits` 24 or 32 concerns bf16 parameters (an fp32 one is its own master); `state_bits` is 8, 16 or 32.
+    `offload` keeps the states in pinned host memory and streams them through the GPU; on a CPU it changes nothing.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                 master_bits=24, state_bits=8, offload=False):
+        if master_bits not in (24, 32) or state_bits not in (8, 16, 32):
+            raise ValueError(f"master_bits is 24 or 32 and state_bits 8, 16 or 32, not {master_bits} and {state_bits}")
+        self.master_bits, self.state_bits, self.offload = master_bits, state_bits, offload
+        self.shards: list[list[Shard]] = []  # one list a parameter group
+        self.workspaces: dict[torch.device, Workspace] = {}
+        self.chunk_elements: int | None = None  # None: CHUNK_ELEMENTS; results do not depend on it
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, updates=0))
+
+    def add_param_group(self, param_group) -> None:
+        """Also allocates the group's states: all zero, which says that the bf16 weights are the masters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        shards = [Shard(parameters, self._layout(dtype), self.offload) for (_, dtype), parameters in by_kind.items()]
+        self.shards.append(shards)
+        for shard in shards:
+            for index, parameter in enumerate(shard.parameters):
+                self.state[parameter] = shard.state_of(index)
+
+    def _layout(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int]]:
+        """The states kept: their dtype and the number of parameters that share an entry."""
+        layout = {}
+        if dtype == torch.bfloat16:
+            layout["correction"] = (torch.int16 if self.master_bits == 32 else torch.int8, 1)
+        if self.state_bits == 8:
+            layout |= {"momentum": (torch.int8, 1), "momentum_scale": (torch.float32, BLOCK),
+                       "variance": (torch.uint8, 1), "variance_scale": (torch.float32, BLOCK)}
+        else:
+            moment = torch.bfloat16 if self.state_bits == 16 else torch.float32
+            layout |= {"momentum": (moment, 1), "variance": (moment, 1)}
+        return layout
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One AdamW step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, shards in zip(self.param_groups, self.shards, strict=True):
+            group["updates"] += 1
+            for shard in shards:
+                self._step_shard(group, shard)
+        return loss
+
+    def _step_shard(self, group: dict, shard: Shard) -> None:
+        work = self.workspaces.get(shard.device)
+        size = min(self.chunk_elements or CHUNK_ELEMENTS[shard.device.type], shard.total)
+        if work is None or work.size < size:
+            work = self.workspaces[shard.device] = Workspace(shard.device, size)
+        # An address is 0 without a gradient; it changes when someone assigns `parameter.data`.
+        addresses = tuple([0 if one.grad is None else one.data_ptr() for one in shard.parameters])
+        if addresses != shard.addresses or work is not shard.work:
+            shard.plan(addresses, work)
+        if not shard.chunks:
+            return
+        shard.steps.add_(shard.active)
+        work.advance(group["updates"])
+        gradients = [None if one.grad is None else one.grad.reshape(-1) for one in shard.parameters]
+        for chunk in streamed(shard.chunks, work.copier) if shard.staged else shard.chunks:
+            step_chunk(group, chunk, [gradients[index][first:last] for index, first, last in chunk.pieces])
+
+    def state_dict(self):
+        """torch's form: tensors and plain numbers. The tensors are views of the states, not copies."""
+        self._wait()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict) -> None:
+        """Copy the saved states into place, bit for bit; torch's own would cast them to the parameters' dtype."""
+        saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("the saved optimizer has other parameter groups than this one")
+        self._wait()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        pairs = []
+        for key, parameter in zip((key for group in saved_groups for key in group["params"]), parameters, strict=True):
+            for name, state in self.state[parameter].items():
+                saved = saved_states[key].get(name)
+                if saved is None or saved.shape != state.shape or saved.dtype != state.dtype:
+                    raise ValueError(f"saved state {key}.{name} does not fit: were master_bits, state_bits and the "
+                                     "parameters' dtypes the same when it was saved?")
+                pairs.append((state, saved))
+        for state, saved in pairs:
+            state.copy_(saved)
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+    @torch.no_grad()
+    def master_weights(self) -> list[Tensor]:
+        """The master weights as new fp32 tensors, in the order of the parameters."""
+        self._wait()
+        masters = []
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            master = parameter.detach().to(torch.float32, copy=True)  # [*parameter.shape]
+            if parameter.dtype == torch.bfloat16:
+                bits = master.view(torch.int32).bitwise_right_shift_(16).view(-1)  # bf16 -> fp32 appended 16 zeros
+                decode_master(self.state[parameter]["correction"].to(parameter.device), bits)
+            masters.append(master)
+        return masters
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the states by the place they are in: {"device": ..., "host": ...}; host means offloaded."""
+        size = {"device": 0, "host": 0}
+        for shard in (shard for shards in self.shards for shard in shards):
+            size["host" if shard.staged else "device"] += sum(state.nbytes for state in shard.states.values())
+        return size
+
+    def _wait(self) -> None:
+        """States in host memory may still be on their way there."""
+        for work in self.workspaces.values():
+            if work.copier is not None:
+                work.copier.synchronize()
+
+
+def streamed(chunks: list[Chunk], copier: "torch.cuda.Stream | None"):
+    """Yield chunks whose states live in host memory, fetching the next one's while one is being stepped.
+
+    All copies run in order on one side stream, so a staging buffer is refilled only after its store has left it.
+    (Without a stream, as on the CPU of the tests, the same copies run in the same order.)
+    """
+    compute = torch.cuda.current_stream(copier.device) if copier else None
+
+    def copy(pairs) -> "torch.cuda.Event | None":
+        with torch.cuda.stream(copier) if copier else nullcontext():
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return copier.record_event() if copier else None
+
+    def fetch(chunk: Chunk) -> "torch.cuda.Event | None":
+        return copy((chunk.states[name], home) for name, home in chunk.home.items())
+
+    if copier:
+        copier.wait_stream(compute)
+    arrived = fetch(chunks[0])
+    for index, chunk in enumerate(chunks):
+        if copier:
+            compute.wait_event(arrived)
+        if index + 1 < len(chunks):
+            arrived = fetch(chunks[index + 1])
+        yield chunk
+        if copier:
+            copier.wait_stream(compute)
+        copy((home, chunk.states[name]) for name, home in chunk.home.items())
+    if copier:
+        compute.wait_stream(copier)  # so that whatever follows on the main stream may free or reuse the buffers
+
+
+def step_chunk(group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
+    """Decode, step, encode. gradients: one flat [k] for each piece of a parameter."""
+    states, weights, (beta1, beta2) = chunk.states, chunk.weights, group["betas"]
+    if "correction" in states:
+        torch._foreach_copy_(chunk.bits_pieces, chunk.weights)
+        decode_master(states["correction"], chunk.bits)
+        torch._foreach_copy_(chunk.gradient_pieces, gradients)
+        weights, gradients = chunk.master_pieces, chunk.gradient_pieces
+    if "momentum_scale" in states:
+        decode_8bit(states, chunk.momentum, chunk.variance)
+    elif chunk.momentum is not states["momentum"]:
+        chunk.momentum.copy_(states["momentum"])
+        chunk.variance.copy_(states["variance"])
+    torch._fused_adamw_(
+        weights, gradients, chunk.momentum_pieces, chunk.variance_pieces, [], chunk.steps, lr=float(group["lr"]),
+        beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
+    if "correction" in states:
+        encode_master(states["correction"], chunk.bits, chunk.dither_master)
+        torch._foreach_copy_(chunk.weights, chunk.bits_pieces)
+    if "momentum_scale" in states:
+        if chunk.tails:
+            torch._foreach_zero_(chunk.tails)  # a block's unused end must not hold up its scale
+        encode_8bit(states, chunk.momentum, chunk.variance, (chunk.master, chunk.gradient),
+                    (chunk.dither_variance, chunk.dither_momentum), ratio_limit(beta1, beta2))
+    elif chunk.momentum is not states["momentum"]:
+        encode_bf16(states["momentum"], chunk.momentum, chunk.dither_momentum)
+        encode_bf16(states["variance"], chunk.variance, chunk.dither_variance)
+
+
+def ratio_limit(beta1: float, beta2: float) -> float:
+    """Twice the largest |m| / sqrt(v) there is, by Cauchy-Schwarz over the two sums of past gradients."""
+    return 2 * (1 - beta1) / math.sqrt((1 - beta2) * max(1 - beta1**2 / beta2, 0.01))
+
+
+def check_group(group: dict) -> None:
+    """Refuse what the flat layout or AdamW can not step, by name."""
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 < beta2 < 1 and group["eps"] > 0 and group["lr"] >= 0 and group["weight_decay"] >= 0):
+        raise ValueError(f"AdamW needs 0 <= beta1 < 1, 0 < beta2 < 1, eps > 0, lr >= 0 and weight_decay >= 0, not "
+                         f"{ {name: value for name, value in group.items() if name != 'params'} }")
+    for parameter in group["params"]:
+        if parameter.dtype not in (torch.bfloat16, torch.float32) or not parameter.is_contiguous():
+            raise ValueError(f"MemoryEfficientAdamW needs contiguous bfloat16 or float32 parameters, not a "
+                             f"{parameter.dtype} of shape {tuple(parameter.shape)} and stride {parameter.stride()}")
+
+
+def build_optimizer(params, *, learning_rate, betas, eps=1e-8, weight_decay, memory_efficient, master_bits, state_bits,
+                    offload) -> torch.optim.Optimizer:
+    """MemoryEfficientAdamW as configured, or else exact AdamW: torch's fused one on fp32 master weights.
+
+    With a bf16 parameter the exact one is MemoryEfficientAdamW with 32/32 bits: torch's fused kernel on exact fp32
+    masters, bit for bit what separate master copies would give, in 2 bytes a parameter less.
+    """
+    params = list(params)  # parameters, or groups whose "params" is a list
+    flat = [one for entry in params for one in (entry["params"] if isinstance(entry, dict) else [entry])]
+    options = dict(lr=learning_rate, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+    if memory_efficient:
+        return MemoryEfficientAdamW(params, **options, master_bits=master_bits, state_bits=state_bits, offload=offload)
+    if all(parameter.dtype == torch.float32 for parameter in flat):
+        return torch.optim.AdamW(params, **options, fused=True)
+    return MemoryEfficientAdamW(params, **options, master_bits=32, state_bits=32)

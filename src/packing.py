@@ -1,0 +1,261 @@
+"""Groups of completions -> one row of tokens without padding, and the attention function that reads such a row.
+
+A group lies in the row as [prompt | completion 1 | completion 2 | ...]; positions of each completion start again at
+len(prompt). A completion attends to its prompt and to itself, never to its siblings, so a prompt is computed once.
+The attention function is registered with transformers, so every AutoModelForCausalLM calls it: no model code here.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from src.rl_datasets import Problem
+
+try:  # torch >= 2.10; CUDA only
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.12
+except ImportError:
+    varlen_attn = None
+
+ATTENTION_NAME = "grpo_packed"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One completion. The sampler fills the first block, the reward the second, the loop the third (by replace)."""
+
+    token_ids: tuple[int, ...]  # with the end-of-sequence token, if it came
+    logprobs: tuple[float, ...]  # of each token, as sampled
+    finished: bool
+    text: str
+    reward: float = 0.0
+    reward_parts: dict | None = None
+    advantage: float = 0.0
+    token_weight: float = 0.0  # weight of each token in the loss: 1 / (denominator of the whole update)
+    old_logprobs: tuple[float, ...] | None = None  # by the trainer, before the first update; None: as sampled
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt."""
+
+    problem: Problem
+    episodes: tuple[Episode, ...]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One forward pass: T tokens in a row, N of them completion tokens, of E episodes."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T]
+    attention_plan: "PackedAttention"
+    predictor_index: Tensor  # [N] place in the row of the token whose output predicts this completion token
+    target_ids: Tensor  # [N]
+    episode_index: Tensor  # [N] 0..E-1, ascending
+    lengths: Tensor  # [E]
+    group_index: Tensor  # [E] 0..groups-1, ascending
+    sampled_logprobs: Tensor  # [N]
+    old_logprobs: Tensor  # [N]
+    advantages: Tensor  # [E]
+    rewards: Tensor  # [E]
+    token_weight: Tensor  # [E] weight of each token of the episode in the loss
+    groups: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Segments of similar shape, padded to a rectangle for scaled_dot_product_attention."""
+
+    query_index: Tensor  # [S * L] places in the row
+    key_index: Tensor  # [S * K]
+    mask: Tensor  # [S, 1, L, K] 0 or -inf
+    segments: int  # S
+
+
+class PackedAttention:
+    """Who sees whom in a packed row. Segments are contiguous and cover the row; each may have a prefix to look at."""
+
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray, prefix_starts: np.ndarray, prefix_lengths: np.ndarray,
+                 device: torch.device | str, dtype: torch.dtype):  # fmt: skip
+        self.longest = int((lengths + prefix_lengths).max())
+        self.use_varlen = torch.device(device).type == "cuda" and varlen_attn is not None and dtype != torch.float32
+        if self.use_varlen:
+            keys = [np.r_[p : p + m, s : s + n] for s, n, p, m in
+                    zip(starts, lengths, prefix_starts, prefix_lengths, strict=True)]  # fmt: skip
+            self.key_index = torch.from_numpy(np.concatenate(keys)).to(device)
+            self.cumulative_queries = cumulative(lengths, device)  # [S + 1]
+            self.cumulative_keys = cumulative(lengths + prefix_lengths, device)  # [S + 1]
+            self.longest_query = int(lengths.max())
+            return
+        # prompts have no prefix and completions do: two tiles keep a long prompt from padding short completions
+        self.tiles, order = [], []
+        for chosen in (np.flatnonzero(prefix_lengths == 0), np.flatnonzero(prefix_lengths)):
+            if len(chosen):
+                tile, rows = build_tile(starts[chosen], lengths[chosen], prefix_starts[chosen], prefix_lengths[chosen])
+                order.append(rows)
+                self.tiles.append(replace(
+                    tile, query_index=tile.query_index.to(device), key_index=tile.key_index.to(device),
+                    mask=tile.mask.to(device, dtype),
+                ))  # fmt: skip
+        rows = np.concatenate(order)  # [tile rows] place in the row of tokens, -1 for padding
+        real = np.flatnonzero(rows >= 0)
+        output_index = np.empty(len(real), dtype=np.int64)
+        output_index[rows[real]] = real
+        self.output_index = torch.from_numpy(output_index).to(device)  # [T]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+        if self.use_varlen:
+            return self.attend_varlen(query, key, value, scaling)[None]
+        outputs = []
+        for tile in self.tiles:
+            tiled = [
+                x.index_select(0, index).unflatten(0, (tile.segments, -1)).transpose(1, 2)
+                for x, index in ((query, tile.query_index), (key, tile.key_index), (value, tile.key_index))
+            ]  # [S, heads, L or K, D]
+            grouped = query.shape[1] != key.shape[1]
+            output = scaled_dot_product_attention(*tiled, attn_mask=tile.mask, scale=scaling, enable_gqa=grouped)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))  # [S * L, H, D]
+        return torch.cat(outputs).index_select(0, self.output_index)[None]
+
+    def attend_varlen(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """CUDA: every segment's queries against its prefix and itself, causal aligned to the bottom right."""
+        key, value = key.index_select(0, self.key_index), value.index_select(0, self.key_index)  # [keys, Hkv, D]
+        options = {"enable_gqa": True} if VARLEN_HAS_GQA else {}
+        if not VARLEN_HAS_GQA and query.shape[1] != key.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        return varlen_attn(
+            query.contiguous(), key, value, self.cumulative_queries, self.cumulative_keys, self.longest_query,
+            self.longest, scale=scaling, window_size=(-1, 0), **options,
+        )  # fmt: skip
+
+
+def cumulative(lengths: np.ndarray, device) -> Tensor:
+    """[0, l0, l0 + l1, ...] as int32."""
+    return torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype(np.int32)).to(device)
+
+
+def build_tile(starts, lengths, prefix_starts, prefix_lengths) -> tuple[Tile, np.ndarray]:
+    """The tile of these segments, and the place in the row of each of its S * L query rows (-1 for padding)."""
+    width, prefix_width = int(lengths.max()), int(prefix_lengths.max())
+    own = np.arange(width)[None]  # [1, L]
+    before = np.arange(prefix_width)[None]  # [1, P]
+    queries = starts[:, None] + np.minimum(own, lengths[:, None] - 1)  # [S, L] padding repeats the last token
+    prefix = prefix_starts[:, None] + np.minimum(before, np.maximum(prefix_lengths[:, None] - 1, 0))  # [S, P]
+    rows = np.where(own < lengths[:, None], queries, -1)
+    sees_prefix = np.broadcast_to((before < prefix_lengths[:, None])[:, None], (len(starts), width, prefix_width))
+    sees_own = np.broadcast_to(own[:, None] <= own[:, :, None], (len(starts), width, width))  # causal
+    visible = torch.from_numpy(np.concatenate([sees_prefix, sees_own], axis=2))[:, None]  # [S, 1, L, P + L]
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    keys = np.concatenate([prefix, queries], axis=1)  # [S, P + L]
+    return Tile(torch.from_numpy(queries.ravel()), torch.from_numpy(keys.ravel()), mask, len(starts)), rows.ravel()
+
+
+def grpo_packed_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0,
+                          sliding_window=None, attention_plan=None, **extras):  # fmt: skip
+    """What transformers calls in every layer. The plan travels as a keyword of model(...) and knows who sees whom."""
+    if attention_plan is None:
+        raise ValueError(f"{ATTENTION_NAME} needs attention_plan=...; call the model through src.scoring or src.sampler")
+    for name in ("softcap", "s_aux"):
+        if extras.get(name) is not None:
+            raise NotImplementedError(f"this model's attention uses {name}, which {ATTENTION_NAME} does not compute")
+    if sliding_window is not None and attention_plan.longest > sliding_window:
+        raise NotImplementedError(
+            f"this model attends to {sliding_window} tokens, but sequences have up to {attention_plan.longest}; "
+            f"lower max_prompt_len + max_gen_len"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention_plan.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(ATTENTION_NAME, grpo_packed_attention)
+
+
+def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) -> PackedBatch:
+    """Lay groups (or parts of groups) end to end in one row."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    segments: list[tuple[int, int, int, int]] = []  # start, length, prefix start, prefix length
+    for piece in pieces:
+        prompt = piece.problem.prompt_ids
+        prompt_start = len(ids)
+        segments.append((prompt_start, len(prompt), prompt_start, 0))
+        ids.extend(prompt)
+        positions.extend(range(len(prompt)))
+        for episode in piece.episodes:
+            start, length = len(ids), len(episode.token_ids)
+            segments.append((start, length, prompt_start, len(prompt)))
+            ids.extend(episode.token_ids)
+            positions.extend(range(len(prompt), len(prompt) + length))
+            # the first token is predicted by the prompt's last, every other by the one before it
+            predictors.append(prompt_start + len(prompt) - 1)
+            predictors.extend(range(start, start + length - 1))
+    episodes = [episode for piece in pieces for episode in piece.episodes]
+    lengths = torch.tensor([len(episode.token_ids) for episode in episodes])
+    old = [episode.logprobs if episode.old_logprobs is None else episode.old_logprobs for episode in episodes]
+
+    def flat(values: Iterable, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor([item for value in values for item in value], dtype=kind).to(device)
+
+    def each(values: Iterable, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(list(values), dtype=kind).to(device)
+
+    return PackedBatch(
+        input_ids=each(ids, torch.long)[None],
+        position_ids=each(positions, torch.long)[None],
+        attention_plan=PackedAttention(*np.array(segments).T, device, dtype),
+        predictor_index=each(predictors, torch.long),
+        target_ids=flat((episode.token_ids for episode in episodes), torch.long),
+        episode_index=torch.arange(len(episodes)).repeat_interleave(lengths).to(device),
+        lengths=lengths.to(device),
+        group_index=each((index for index, piece in enumerate(pieces) for _ in piece.episodes), torch.long),
+        sampled_logprobs=flat(episode.logprobs for episode in episodes),
+        old_logprobs=flat(old),
+        advantages=each(episode.advantage for episode in episodes),
+        rewards=each(episode.reward for episode in episodes),
+        token_weight=each(episode.token_weight for episode in episodes),
+        groups=len(pieces),
+    )
+
+
+def split_into_microbatches(groups: list[Group], micro_batch_size: int, max_tokens: int | None = None,
+                            whole_groups: bool = False) -> Iterator[list[Group]]:  # fmt: skip
+    """Cut groups into passes of at most micro_batch_size completions, or max_tokens tokens when that is given.
+
+    A group that is cut repeats its prompt; `whole_groups` forbids the cut (losses over a group need all of it).
+    """
+    room = max_tokens or micro_batch_size
+    batch: list[Group] = []
+    used = 0
+    for group in groups:
+        prompt_cost = len(group.problem.prompt_ids) if max_tokens else 0
+        costs = [len(episode.token_ids) if max_tokens else 1 for episode in group.episodes]
+        if batch and whole_groups and used + prompt_cost + sum(costs) > room:
+            yield batch
+            batch, used = [], 0
+        chosen: list[Episode] = []
+        used += prompt_cost
+        for episode, cost in zip(group.episodes, costs, strict=True):
+            if (batch or chosen) and used + cost > room and not whole_groups:
+                if chosen:
+                    batch.append(replace(group, episodes=tuple(chosen)))
+                yield batch
+                batch, chosen, used = [], [], prompt_cost
+            chosen.append(episode)
+            used += cost
+        if chosen:
+            batch.append(replace(group, episodes=tuple(chosen)))
+    if batch:
+        yield batch

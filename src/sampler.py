@@ -1,0 +1,329 @@
+"""Decode the completions of many prompts at once, with the training weights, in process.
+
+Every prompt is prefilled once. Completions then decode together in slots of a preallocated key-value cache; a finished
+one gives its slot to the next waiting one, and when none waits the live ones move together, so that the dead are not
+decoded. A prompt's keys are read once for all of its completions, never copied per completion.
+Random numbers are a hash of (seed, step, problem, sample, position): a completion does not depend on its neighbours,
+on its slot or on how many slots there are. The model's own generation_config is not read, but for the end tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.packing import Episode, Group, PackedAttention
+from src.rl_datasets import Problem
+from src.scoring import head_logits
+
+SYNC_EVERY = 4  # decode steps between looks at which completions have ended (each look waits for the device)
+PREFILL_TOKENS = 16384  # prompt tokens of one prefill pass
+WORD = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample. temperature 0 is greedy; `stream` keeps evaluation and training random numbers apart."""
+
+    max_new_tokens: int
+    temperature: float
+    slots: int
+    eos_ids: tuple[int, ...]
+    seed: int
+    stream: int = 0  # the training step, or a negative number for evaluation
+
+
+def mix64(value: int) -> int:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014) on a Python integer."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
+    return value ^ (value >> 31)
+
+
+def signed(value: int) -> int:
+    """The same 64 bits as torch's int64."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def episode_key(seed: int, stream: int, problem: int, sample: int) -> int:
+    """Start of an episode's random stream, as a signed 64-bit integer."""
+    value = 0
+    for part in (seed, stream, problem, sample):
+        value = mix64((value + GOLDEN + (part & WORD)) & WORD)
+    return signed(value)
+
+
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each key [S] at each position [S], float64: splitmix64 as a counter-based generator."""
+    value = keys + (positions + 1) * signed(GOLDEN)  # int64 arithmetic wraps
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * signed(factor)  # logical shift
+    value = value ^ ((value >> 31) & ((1 << 33) - 1))
+    return ((value >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def choose_tokens(logits: Tensor, temperature: float, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids [S] and their log-probs [S] from fp32 logits [S, V], by inverse CDF; greedy at temperature 0."""
+    logprobs = logits.log_softmax(-1) if temperature == 0 else (logits / temperature).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        distribution = logprobs.exp().cumsum(-1, dtype=torch.float64)  # [S, V]
+        threshold = uniforms(keys, positions)[:, None] * distribution[:, -1:]
+        tokens = torch.searchsorted(distribution, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+class PromptCache(PackedAttention):
+    """Attention of the prefill pass: that of a packed row of prompts, and every layer's keys and values are kept."""
+
+    def __init__(self, lengths: np.ndarray, first: int, keys: Tensor, values: Tensor):
+        super().__init__(np.cumsum(lengths) - lengths, lengths, 0 * lengths, 0 * lengths, keys.device, keys.dtype)
+        self.keys, self.values = keys, values  # [layers, prompts, Hkv, longest, D]
+        rows = np.repeat(np.arange(first, first + len(lengths)), lengths)
+        places = np.concatenate([np.arange(length) for length in lengths])
+        self.rows, self.places = torch.from_numpy(rows).to(keys.device), torch.from_numpy(places).to(keys.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.keys[layer][self.rows, :, self.places] = key[0].transpose(0, 1)  # [tokens, Hkv, D]
+        self.values[layer][self.rows, :, self.places] = value[0].transpose(0, 1)
+        return super().attend(layer, query, key, value, scaling)
+
+
+class DecodeAttention:
+    """Attention of one decode step: each slot's query against its prompt's keys and its own.
+
+    `table` [A, M] lists the slots of each live prompt (padded with slot 0), so that a prompt's keys are multiplied once
+    with the queries of all of its completions.
+    """
+
+    def __init__(self, layers: int, slots: int, kv_heads: int, width: int, head_dim: int, prompt: tuple, like: Tensor):
+        self.keys = like.new_empty(layers, slots, kv_heads, width, head_dim)
+        self.values = torch.zeros_like(self.keys)  # zeros: a masked place has weight 0, and 0 x garbage may be NaN
+        self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt  # [layers, prompts, Hkv, P, D] and [prompts]
+        self.width = 1  # widest own part among the slots, this step's token included
+        self.uniform = True  # all slots have the same own length
+        self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
+        self.device = like.device
+
+    def arrange(self, prompt_rows: np.ndarray) -> None:
+        """Group the live slots by prompt. prompt_rows [n]: the prompt of each slot."""
+        prompts, member, counts = np.unique(prompt_rows, return_inverse=True, return_counts=True)
+        most = int(counts.max())
+        order = np.argsort(member, kind="stable")  # slots, prompt by prompt
+        rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = member[order] * most + rank  # each slot's place in the flat table
+        table = np.zeros(len(prompts) * most, dtype=np.int64)
+        table[place] = np.arange(len(place))
+        self.live, self.most = len(prompts), most
+        dense = len(table) == len(place) and (place == np.arange(len(place))).all()
+        self.table = None if dense else torch.from_numpy(table).to(self.device)  # [A * M]
+        self.place = None if dense else torch.from_numpy(place).to(self.device)  # [n]
+        lengths = self.prompt_lengths[prompts]
+        width = int(lengths.max())
+        all_of_them = len(prompts) == self.prompt_keys.shape[1]
+        chosen = torch.from_numpy(prompts).to(self.device)
+        self.live_keys, self.live_values = (
+            (cache if all_of_them else cache.index_select(1, chosen))[..., :width, :]
+            for cache in (self.prompt_keys, self.prompt_values)
+        )  # [layers, A, Hkv, P, D]
+        hidden = torch.from_numpy(np.arange(width)[None] >= lengths[:, None]).to(self.device)  # [A, P]
+        self.prompt_mask = None
+        if (lengths != width).any():
+            self.prompt_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+
+    def begin_step(self, lengths: Tensor) -> None:
+        """lengths [n]: own tokens already in the cache; this step's goes to that place."""
+        self.lengths = lengths.clamp(max=self.keys.shape[3] - 1)  # a slot that ended keeps overwriting its last place
+        self.slots = torch.arange(len(lengths), device=self.device)
+        self.own_mask = None
+        if not self.uniform:
+            hidden = torch.arange(self.width, device=self.device)[None] > self.lengths[:, None]  # [n, T]
+            self.own_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+
+    def to_table(self, x: Tensor) -> Tensor:
+        """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
+        x = x if self.table is None else x.index_select(0, self.table)
+        return x.unflatten(0, (self.live, self.most)).transpose(1, 2).flatten(2, 3)
+
+    def from_table(self, x: Tensor) -> Tensor:
+        """[A, Hkv, M * R, d] -> [n, Hkv, R, d]."""
+        x = x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.place is None else x.index_select(0, self.place)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
+        n, kv_heads = key.shape[:2]
+        self.keys[layer][self.slots, :, self.lengths] = key[:, :, 0]
+        self.values[layer][self.slots, :, self.lengths] = value[:, :, 0]
+        keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
+        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
+        of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
+        own = query @ keys.transpose(-1, -2)  # [n, Hkv, R, T]
+        if self.prompt_mask is not None:
+            of_prompt = of_prompt + self.prompt_mask
+        if self.own_mask is not None:
+            own = own + self.own_mask
+        weights = torch.cat([self.from_table(of_prompt), own], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
+        of_prompt, own = weights.split([of_prompt.shape[-1], own.shape[-1]], dim=-1)
+        output = own @ values + self.from_table(self.to_table(of_prompt) @ self.live_values[layer])  # [n, Hkv, R, D]
+        return output.flatten(1, 2)[:, None]
+
+    def move(self, keep: Tensor) -> None:
+        """Bring the kept slots to the front."""
+        for cache in (self.keys, self.values):
+            cache[:, : len(keep), :, : self.width] = cache[:, keep, :, : self.width]
+
+
+def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, Tensor, np.ndarray]]:
+    """Last hidden state of every prompt [prompts, hidden], and the prompts' keys, values and lengths."""
+    config = model.config.get_text_config()
+    heads = config.num_key_value_heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    lengths = np.array([len(problem.prompt_ids) for problem in problems])
+    device, dtype = model.device, model.dtype
+    shape = (config.num_hidden_layers, len(problems), heads, int(lengths.max()), head_dim)
+    keys, values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+    last_hidden, first = [], 0
+    while first < len(problems):
+        count = max(1, int(np.searchsorted(np.cumsum(lengths[first:]), PREFILL_TOKENS, side="right")))
+        chunk = lengths[first : first + count]
+        ids = [token for problem in problems[first : first + count] for token in problem.prompt_ids]
+        hidden = model.get_decoder()(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in chunk])).to(device)[None],
+            use_cache=False, attention_plan=PromptCache(chunk, first, keys, values),
+        ).last_hidden_state[0]  # [tokens, hidden]  # fmt: skip
+        last_hidden.append(hidden[torch.from_numpy(np.cumsum(chunk) - 1).to(device)])
+        first += count
+    return torch.cat(last_hidden), (keys, values, lengths)
+
+
+class SlotDecoder:
+    """The state of one generation: which episode sits in which slot, and what has been written so far."""
+
+    def __init__(self, model, problems: Sequence[Problem], samples: int, settings: SamplingSettings):
+        self.model, self.settings, self.samples = model, settings, samples
+        self.prompt_hidden, prompt = prefill(model, problems)
+        keys = prompt[0]
+        total = len(problems) * samples
+        self.attention = DecodeAttention(
+            keys.shape[0], min(settings.slots, total), keys.shape[2], settings.max_new_tokens, keys.shape[4], prompt, keys
+        )
+        device = model.device
+        episode_keys = [
+            episode_key(settings.seed, settings.stream, problem.index, sample)
+            for problem in problems
+            for sample in range(samples)
+        ]
+        self.episode_keys = torch.tensor(episode_keys, device=device)  # [episodes]
+        self.eos = torch.tensor(settings.eos_ids, device=device)
+        # one column more than needed: slots that ended keep writing there until the next look
+        self.tokens = torch.zeros(total, settings.max_new_tokens + 1, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(total, settings.max_new_tokens + 1, device=device)
+        self.prompt_lengths = torch.from_numpy(prompt[2]).to(device)
+        self.waiting = 0  # the next episode to start
+        self.total = total
+        self.episodes = torch.empty(0, dtype=torch.long, device=device)  # [n] episode of each slot
+        self.lengths = torch.empty(0, dtype=torch.long, device=device)  # [n] own tokens in the cache
+        self.current = torch.empty(0, dtype=torch.long, device=device)  # [n] last token of each slot
+        self.ended = torch.empty(0, dtype=torch.bool, device=device)  # [n]
+
+    def choose(self, hidden: Tensor, slots: Tensor) -> None:
+        """Sample the next token of these slots from hidden [s, hidden] and write it down."""
+        logits = head_logits(self.model, hidden)  # [s, V] fp32
+        episodes, positions = self.episodes[slots], self.lengths[slots]
+        tokens, logprobs = choose_tokens(logits, self.settings.temperature, self.episode_keys[episodes], positions)
+        column = positions.clamp(max=self.settings.max_new_tokens)
+        self.tokens[episodes, column] = tokens
+        self.logprobs[episodes, column] = logprobs
+        self.current[slots] = tokens
+        self.ended[slots] |= torch.isin(tokens, self.eos) | (positions + 1 >= self.settings.max_new_tokens)
+
+    def start(self, slots: Tensor) -> None:
+        """Put the next waiting episodes into these slots and sample their first tokens from the prompts."""
+        count = len(slots)
+        self.episodes[slots] = torch.arange(self.waiting, self.waiting + count, device=slots.device)
+        self.waiting += count
+        self.lengths[slots] = 0
+        self.ended[slots] = False
+        self.choose(self.prompt_hidden[self.episodes[slots] // self.samples], slots)
+
+    def refill(self) -> bool:
+        """Give free slots to waiting episodes, or bring the live ones together. False when nothing is left to do."""
+        attention = self.attention
+        if len(self.episodes) == 0:  # the beginning
+            slots = attention.keys.shape[1]
+            device = self.tokens.device
+            self.episodes, self.lengths, self.current = (
+                torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
+            )
+            self.ended = torch.ones(slots, dtype=torch.bool, device=device)
+        ended = self.ended.cpu()
+        free = ended.nonzero()[:, 0]
+        changed = False
+        while len(free) and self.waiting < self.total:  # an episode may end with its first token: look again
+            chosen = free[: self.total - self.waiting].to(self.tokens.device)
+            self.start(chosen)
+            changed = True
+            ended = self.ended.cpu()
+            free = ended.nonzero()[:, 0]
+        if len(free) == len(ended):
+            return False
+        if len(free) * 8 >= len(ended):
+            keep = (~ended).nonzero()[:, 0].to(self.tokens.device)
+            attention.move(keep)
+            self.episodes, self.lengths, self.current, self.ended = (
+                state[keep] for state in (self.episodes, self.lengths, self.current, self.ended)
+            )
+            changed = True
+        if changed:
+            lengths = self.lengths[~self.ended].cpu()
+            attention.width = int(lengths.max()) + 1
+            attention.uniform = bool((lengths == lengths[0]).all())
+            attention.arrange((self.episodes // self.samples).cpu().numpy())
+        return True
+
+    def step(self) -> None:
+        """One token for every live slot."""
+        attention = self.attention
+        attention.begin_step(self.lengths)
+        prompt_lengths = self.prompt_lengths[self.episodes // self.samples]
+        hidden = self.model.get_decoder()(
+            input_ids=self.current[:, None], position_ids=(prompt_lengths + self.lengths)[:, None],
+            use_cache=False, attention_plan=attention,
+        ).last_hidden_state[:, 0]  # [n, hidden]  # fmt: skip
+        self.lengths += 1
+        attention.width = min(attention.width + 1, attention.keys.shape[3])
+        self.choose(hidden, attention.slots)
+
+    def run(self) -> None:
+        """Decode until every episode has ended."""
+        while self.refill():
+            for _ in range(SYNC_EVERY):
+                self.step()
+
+
+@torch.inference_mode()
+def rollout(model, tokenizer, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> list[Group]:
+    """`samples` completions for each problem, in the order of the problems."""
+    decoder = SlotDecoder(model, problems, samples, settings)
+    decoder.run()
+    tokens = decoder.tokens[:, :-1].cpu()  # [episodes, max_new_tokens]
+    logprobs = decoder.logprobs[:, :-1].cpu()
+    is_end = torch.isin(tokens, torch.tensor(settings.eos_ids))
+    # tokens after the end, written before anybody looked, do not count
+    finished = is_end.any(1)
+    lengths = torch.where(finished, is_end.int().argmax(1) + 1, settings.max_new_tokens).tolist()
+    token_rows = [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    logprob_rows = [tuple(row[:length]) for row, length in zip(logprobs.tolist(), lengths, strict=True)]
+    texts = tokenizer.batch_decode([list(row) for row in token_rows], skip_special_tokens=True)
+    episodes = [Episode(*parts) for parts in zip(token_rows, logprob_rows, finished.tolist(), texts, strict=True)]
+    return [
+        Group(problem, tuple(episodes[index * samples : (index + 1) * samples]))
+        for index, problem in enumerate(problems)
+    ]

@@ -1,0 +1,92 @@
+"""Hidden states -> log-probs, entropy, exact KL, without ever holding logits for more than one chunk of tokens.
+
+The head runs chunk by chunk; when there is more than one chunk, the backward pass computes each chunk's logits again.
+Everything behind the logits is fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from src.packing import PackedBatch
+
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # tokens x vocabulary of the largest logits tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the policy, and the anchor where there is one, say about the N completion tokens of a packed batch."""
+
+    logprobs: Tensor  # [N] fp32, of the tempered distribution that was sampled
+    entropy: Tensor  # [N] exact
+    hidden: Tensor  # [N, hidden] last hidden state at each predicting position
+    anchor_logprobs: Tensor | None = None  # [N]
+    anchor_hidden: Tensor | None = None  # [N, hidden]
+    kl: Tensor | None = None  # [N] exact, over the whole vocabulary
+
+
+def head_logits(model, hidden: Tensor) -> Tensor:
+    """Logits [tokens, vocab] in fp32 as the model's own forward makes them: soft cap (Gemma), scaling (Granite, Cohere)."""
+    logits = model.get_output_embeddings()(hidden).float()
+    config = model.config.get_text_config()
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+def hidden_states(model, batch: PackedBatch) -> Tensor:
+    """Hidden states [N, hidden] from which the completion tokens are predicted."""
+    output = model.get_decoder()(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, attention_plan=batch.attention_plan
+    )
+    return output.last_hidden_state[0].index_select(0, batch.predictor_index)
+
+
+def score_chunk(model, hidden, target_ids, temperature, anchor, anchor_hidden, kl_direction):
+    """Log-prob, entropy, anchor log-prob and KL of one chunk of tokens, each [tokens]."""
+    logprobs = (head_logits(model, hidden) / temperature).log_softmax(-1)  # [tokens, vocab]
+    chosen = logprobs.gather(-1, target_ids[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    if anchor is None:
+        return chosen, entropy, None, None
+    with torch.no_grad():
+        anchor_logprobs = (head_logits(anchor, anchor_hidden) / temperature).log_softmax(-1)  # [tokens, vocab]
+    anchor_chosen = anchor_logprobs.gather(-1, target_ids[:, None])[:, 0]
+    kl = None
+    if kl_direction == "reverse":
+        kl = (logprobs.exp() * (logprobs - anchor_logprobs)).sum(-1)
+    elif kl_direction == "forward":
+        kl = (anchor_logprobs.exp() * (anchor_logprobs - logprobs)).sum(-1)
+    return chosen, entropy, anchor_chosen, kl
+
+
+def score(model, batch: PackedBatch, temperature: float, anchor=None, kl_direction: str | None = None,
+          chunk_tokens: int | None = None) -> Scores:  # fmt: skip
+    """Score a packed batch; with an `anchor` model its log-probs too, and the exact KL in `kl_direction` if given."""
+    hidden = hidden_states(model, batch)  # [N, hidden]
+    anchor_hidden = None
+    if anchor is not None:
+        with torch.no_grad():
+            anchor_hidden = hidden_states(anchor, batch)  # [N, hidden]
+    if chunk_tokens is None:
+        vocabulary = model.config.get_text_config().vocab_size
+        chunk_tokens = max(1, CHUNK_ELEMENTS[hidden.device.type] // vocabulary)
+    parts = []
+    for start in range(0, len(hidden), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        arguments = (model, hidden[chunk], batch.target_ids[chunk], temperature, anchor,
+                     None if anchor is None else anchor_hidden[chunk], kl_direction)  # fmt: skip
+        if len(hidden) > chunk_tokens and torch.is_grad_enabled():
+            parts.append(checkpoint(score_chunk, *arguments, use_reentrant=False))
+        else:
+            parts.append(score_chunk(*arguments))
+    logprobs, entropy, anchor_logprobs, kl = (
+        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    return Scores(logprobs, entropy, hidden, anchor_logprobs, anchor_hidden, kl)

@@ -1,0 +1,473 @@
+"""Group Relative Policy Optimization, the whole loop: rollout -> reward -> update, evaluate, run_training.
+
+Read it from top to bottom. The records that travel (Problem, Episode, Group, PackedBatch, Scores) are frozen.
+"""
+
+import logging
+import math
+import random
+import signal
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from src.checkpoint import (
+    end_token_ids, list_checkpoints, load_checkpoint, load_model, load_tokenizer, resolve_device, save_checkpoint,
+    save_model,
+)  # fmt: skip
+from src.config import Config, ConfigError, TrainingConfig, dump_config
+from src.optim import build_optimizer
+from src.packing import Group, pack, split_into_microbatches
+from src.penalties import MAX_LOG_RATIO, PENALTIES, PenaltyInputs, kl_estimates
+from src.rl_datasets import Problem, get_task, make_problems
+from src.sampler import SamplingSettings, rollout
+from src.scoring import score
+from src.telemetry import Telemetry, configure_logging, markdown_table
+
+logger = logging.getLogger("grpo")
+
+
+@dataclass
+class Run:
+    """Everything a run holds; the functions below take it and read from top to bottom."""
+
+    config: Config
+    task: object
+    tokenizer: object
+    train_problems: list[Problem]
+    eval_problems: list[Problem]
+    model: torch.nn.Module
+    anchor: torch.nn.Module  # frozen: the initial policy, or with `anchor: rollout` the one that sampled
+    optimizer: torch.optim.Optimizer
+    max_steps: int
+    eos_ids: tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout and reward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def questions_of_step(run: Run, step: int) -> list[Problem]:
+    """The prompts of a step (from 1): each epoch is a new shuffle, a function of seed and epoch alone."""
+    training = run.config.training
+    size = training.num_questions_per_batch
+    per_epoch = max(1, len(run.train_problems) // size)
+    epoch, place = divmod(step - 1, per_epoch)
+    order = list(range(len(run.train_problems)))
+    random.Random(f"order {training.random_seed} {epoch}").shuffle(order)
+    return [run.train_problems[order[(place * size + index) % len(order)]] for index in range(size)]
+
+
+def sample(run: Run, problems: list[Problem], samples: int, temperature: float, stream: int) -> list[Group]:
+    """Completions of the current policy, graded."""
+    training = run.config.training
+    settings = SamplingSettings(training.max_gen_len, temperature, training.inference_batch_size, run.eos_ids,
+                                training.random_seed, stream)  # fmt: skip
+    return grade(run.task, rollout(run.model, run.tokenizer, problems, samples, settings))
+
+
+def grade(task, groups: list[Group]) -> list[Group]:
+    """Every episode with its reward and the parts it is made of."""
+    graded = []
+    for group in groups:
+        episodes = []
+        for episode in group.episodes:
+            parts = task.reward(episode.text, group.problem.reference)
+            episodes.append(replace(episode, reward=parts["reward"], reward_parts=parts))
+        graded.append(replace(group, episodes=tuple(episodes)))
+    return graded
+
+
+def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]:
+    """Reward minus the group's mean, over the standard deviation; exactly 0 in a group without variance.
+
+    DeepSeekMath (Shao et al. 2024), section 4.1.2; `scale_rewards: none` is Dr. GRPO (Liu et al. 2025).
+    """
+    rewards = torch.tensor([[e.reward for e in group.episodes] for group in groups], dtype=torch.float64)  # [groups, G]
+    centered = rewards - rewards.mean(1, keepdim=True)
+    varied = (rewards.max(1).values - rewards.min(1).values > 1e-6)[:, None]  # [groups, 1]
+    spread = torch.ones_like(centered[:, :1])
+    if training.scale_rewards == "group":
+        spread = rewards.std(1, keepdim=True, correction=0)
+    elif training.scale_rewards == "batch":
+        spread = rewards.std(correction=0).expand_as(spread)
+    advantages = torch.where(varied, centered / torch.where(varied, spread, 1.0), 0.0).tolist()
+    return [
+        replace(group, episodes=tuple(replace(e, advantage=a) for e, a in zip(group.episodes, row, strict=True)))
+        for group, row in zip(groups, advantages, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_token_weights(groups: list[Group], training: TrainingConfig) -> list[Group]:
+    """One denominator for the whole update, before it is cut into micro-batches; episodes without weight are dropped."""
+    kept = [
+        replace(g, episodes=tuple(e for e in g.episodes if e.finished or not training.skip_unfinished_episodes))
+        for g in groups
+    ]
+    lengths = [len(e.token_ids) for g in kept for e in g.episodes]
+    constants = {"token": sum(lengths), "constant": len(lengths) * training.max_gen_len}
+
+    def weight(episode) -> float:
+        if training.loss_agg == "sequence":
+            return 1.0 / (len(lengths) * len(episode.token_ids))
+        return 1.0 / constants[training.loss_agg]
+
+    weighted = [replace(g, episodes=tuple(replace(e, token_weight=weight(e)) for e in g.episodes)) for g in kept]
+    return [group for group in weighted if group.episodes]
+
+
+def policy_loss(logprobs: Tensor, inputs: PenaltyInputs, training: TrainingConfig) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (Schulman et al. 2017, equation 7) per token [N], and where the clip binds [N]."""
+    batch = inputs.batch
+    advantages = batch.advantages[batch.episode_index]  # [N]
+    ratio = (logprobs - batch.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # [N]
+    high = training.epsilon if training.epsilon_high is None else training.epsilon_high
+    clipped = ratio.clamp(1 - training.epsilon, 1 + high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    return -surrogate, (clipped * advantages < ratio * advantages).float()
+
+
+def weigh(value: Tensor, batch) -> Tensor:
+    """Sum of a per-token [N] or per-episode [E] value with the weights of the update: its mean as loss_agg says."""
+    if len(value) == len(batch.episode_index):
+        return (value * batch.token_weight[batch.episode_index]).sum()
+    return (value * batch.token_weight * batch.lengths).sum()
+
+
+def microbatches(run: Run, groups: list[Group]):
+    training = run.config.training
+    for pieces in split_into_microbatches(groups, training.micro_batch_size, training.max_tokens_per_microbatch):
+        yield pieces, pack(pieces, run.model.device, run.model.dtype)
+
+
+def loss_of_microbatch(run: Run, batch, on_policy: bool, use_anchor: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy loss + beta x penalty - entropy bonus of one packed batch, and sums over its tokens to log."""
+    training = run.config.training
+    penalty = PENALTIES[training.loss_type]
+    direction = training.kl_direction if penalty.needs_exact_kl and training.beta > 0 else None
+    scores = score(run.model, batch, training.temperature, run.anchor if use_anchor else None, direction)
+    if on_policy:  # the first and only update of this rollout: the old policy is this one, its ratio exactly 1
+        batch = replace(batch, old_logprobs=scores.logprobs.detach())
+    inputs = PenaltyInputs(scores, batch)
+    surrogate, clipped = policy_loss(scores.logprobs, inputs, training)
+    policy_part = weigh(surrogate, batch)
+    loss = policy_part
+    sums = {"train/clip_fraction": clipped.sum(), "train/entropy": scores.entropy.sum()}
+    weighted = {"train/policy_loss": policy_part}
+    if training.beta > 0 and training.loss_type != "none":
+        value, penalty_metrics = penalty(inputs, training)
+        penalty_part = weigh(value, batch)
+        loss = loss + training.beta * penalty_part
+        weighted |= {"train/penalty": penalty_part, **penalty_metrics}
+    if training.entropy_coef > 0:
+        loss = loss - training.entropy_coef * weigh(scores.entropy, batch)
+    weighted["train/loss"] = loss
+    if scores.anchor_logprobs is not None:
+        estimates = kl_estimates(scores.logprobs, scores.anchor_logprobs)
+        sums |= {"train/kl_k1": estimates["k1"].sum(), "train/kl_k3": estimates["k3"].sum()}
+    sums["rollout/mismatch"] = (scores.logprobs - batch.sampled_logprobs).abs().sum()
+    return loss, {"tokens": sums, "update": weighted}
+
+
+def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
+    """Optimizer steps on one rollout; returns means over all of its tokens."""
+    training = run.config.training
+    updates = training.minibatches * training.inner_epochs
+    pulls = training.beta > 0 and training.loss_type != "none"
+    use_anchor = pulls or step % (training.eval_interval or run.max_steps) == 0  # else only measured, now and then
+    if updates > 1 and training.old_logprobs == "trainer":
+        groups = add_old_logprobs(run, groups)
+    rate = learning_rate_at(step, run.max_steps, training)
+    for parameter_group in run.optimizer.param_groups:
+        parameter_group["lr"] = rate
+    token_sums, update_sums, tokens, skipped = defaultdict(float), defaultdict(float), defaultdict(int), 0
+    for index in range(updates):
+        minibatch = groups[index % training.minibatches :: training.minibatches]
+        weighted = add_token_weights(minibatch, training)
+        if not pulls and training.entropy_coef == 0:  # a group without variance then has no gradient at all
+            weighted = [g for g in weighted if any(e.advantage != 0 for e in g.episodes)]
+        for _, batch in microbatches(run, weighted):
+            loss, measured = loss_of_microbatch(run, batch, updates == 1, use_anchor)
+            loss.backward()
+            if index > 0:  # the policy has moved since it sampled: the difference is not the sampler's any more
+                measured["tokens"].pop("rollout/mismatch")
+            for name, value in measured["tokens"].items():
+                token_sums[name] += float(value.detach())
+                tokens[name] += len(batch.target_ids)
+            for name, value in measured["update"].items():
+                update_sums[name] += float(value.detach()) / updates
+        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm)) if weighted else 0.0
+        update_sums["train/grad_norm"] += norm / updates
+        if not math.isfinite(norm):
+            skipped += 1
+            logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
+        elif weighted:
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+    means = {name: value / tokens[name] for name, value in token_sums.items()}
+    return means | dict(update_sums) | {"train/learning_rate": rate, "train/skipped_updates": skipped}
+
+
+@torch.no_grad()
+def add_old_logprobs(run: Run, groups: list[Group]) -> list[Group]:
+    """The trainer's own log-probs of every episode before the first of several updates."""
+    episodes = []
+    for _, batch in microbatches(run, groups):
+        logprobs = score(run.model, batch, run.config.training.temperature).logprobs
+        episodes += [tuple(part.tolist()) for part in logprobs.split(batch.lengths.tolist())]
+    rows = iter(episodes)
+    return [replace(g, episodes=tuple(replace(e, old_logprobs=next(rows)) for e in g.episodes)) for g in groups]
+
+
+def learning_rate_at(step: int, max_steps: int, training: TrainingConfig) -> float:
+    """Linear warm-up, then constant, or decay to zero just after the last step."""
+    if step <= training.warmup_steps:
+        return training.learning_rate * step / training.warmup_steps
+    progress = (step - training.warmup_steps - 1) / max(1, max_steps - training.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return training.learning_rate * decay[training.lr_schedule]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is correct), Chen et al. 2021, equation 1."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def confidence(values: list[float]) -> float:
+    """Half width of the 95% interval of the mean over problems (normal approximation)."""
+    return 1.96 * float(torch.tensor(values).std(correction=0)) / math.sqrt(len(values))
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Greedy accuracy, pass@1 and pass@k on the fixed held-out problems, with random numbers of their own."""
+    samples = run.config.data.eval_samples
+    greedy = sample(run, run.eval_problems, 1, 0.0, stream=-1)
+    sampled = sample(run, run.eval_problems, samples, run.config.training.temperature, stream=-1)
+    greedy_answers = [float(group.episodes[0].reward_parts["answer"]) for group in greedy]
+    correct = [sum(e.reward_parts["answer"] > 0.5 for e in group.episodes) for group in sampled]
+    rates = [count / samples for count in correct]
+    episodes = [episode for group in sampled for episode in group.episodes]
+    metrics = {"eval/greedy": sum(greedy_answers) / len(greedy), "eval/greedy_ci95": confidence(greedy_answers)}
+    metrics |= {"eval/pass@1": sum(rates) / len(rates), "eval/pass@1_ci95": confidence(rates)}
+    for k in sorted({k for k in (2, 4, 8, 16, 32, 64) if k < samples} | {samples} - {1}):
+        metrics[f"eval/pass@{k}"] = sum(pass_at_k(count, samples, k) for count in correct) / len(correct)
+    for part in episodes[0].reward_parts:
+        if part not in ("reward", "answer"):
+            metrics[f"eval/{part}"] = sum(e.reward_parts[part] for e in episodes) / len(episodes)
+    metrics["eval/length"] = sum(len(e.token_ids) for e in episodes) / len(episodes)
+    metrics["eval/finished"] = sum(e.finished for e in episodes) / len(episodes)
+    return metrics
+
+
+def accuracy_line(metrics: dict[str, float]) -> str:
+    """The headline of an evaluation."""
+    passes = [f"{name[5:]} {value:.1%}" for name, value in metrics.items() if name.startswith("eval/pass@") and
+              not name.endswith("_ci95") and name != "eval/pass@1"]  # fmt: skip
+    return (
+        f"greedy {metrics['eval/greedy']:.1%} (+-{metrics['eval/greedy_ci95']:.1%}), "
+        f"pass@1 {metrics['eval/pass@1']:.1%} (+-{metrics['eval/pass@1_ci95']:.1%}), "
+        + ", ".join(passes[-1:] + [f"length {metrics['eval/length']:.1f}"])
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
+    """One rollout, its rewards, its updates; every number is over the whole step."""
+    training = run.config.training
+    if training.anchor == "rollout":
+        run.anchor.load_state_dict(run.model.state_dict())
+    started = time.perf_counter()
+    questions = questions_of_step(run, step)
+    group_size = training.batch_size // training.num_questions_per_batch
+    groups = add_advantages(sample(run, questions, group_size, training.temperature, stream=step), training)
+    rolled_out = time.perf_counter()
+    metrics = update(run, groups, step)
+    seconds = {"time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out}
+    episodes = [episode for group in groups for episode in group.episodes]
+    tokens = sum(len(episode.token_ids) for episode in episodes)
+    for part in episodes[0].reward_parts:
+        metrics[f"train/{part}"] = sum(e.reward_parts[part] for e in episodes) / len(episodes)
+    flat = sum(all(e.advantage == 0 for e in group.episodes) for group in groups)
+    metrics |= {
+        "train/groups_without_variance": flat / len(groups),
+        "rollout/length": tokens / len(episodes),
+        "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
+        "rollout/tokens_per_second": tokens / seconds["time/rollout"],
+        "update/tokens_per_second": tokens / seconds["time/update"],
+    }
+    if run.model.device.type == "cuda":
+        metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics | seconds, groups
+
+
+def prepare(config: Config, dataset_name: str) -> Run:
+    """Load data and model. Everything a user can get wrong is wrong here, before anything is written."""
+    training = config.training
+    device = resolve_device(config.model.device)
+    tokenizer = load_tokenizer(config)
+    task = get_task(dataset_name, config.data)
+    problems = {}
+    for split in ("train", config.data.eval_split):
+        rows = task.load(split)
+        problems[split] = make_problems(task, rows, tokenizer, training.max_prompt_len)
+        dropped = len(rows) - len(problems[split])
+        if dropped:
+            logger.warning(f"{dropped} of {len(rows)} {split} prompts are longer than max_prompt_len and are left out")
+        if not problems[split]:
+            raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len "
+                              f"({training.max_prompt_len} tokens); raise it")  # fmt: skip
+    model = load_model(config, device)
+    anchor = load_model(config, device).requires_grad_(False)
+    optimizer = build_optimizer(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        learning_rate=training.learning_rate, betas=tuple(training.betas), eps=training.adam_eps,
+        weight_decay=training.weight_decay, memory_efficient=training.memory_efficient_adamw,
+        master_bits=24, state_bits=8, offload=False,
+    )  # fmt: skip
+    per_epoch = max(1, len(problems["train"]) // training.num_questions_per_batch)
+    max_steps = training.max_steps or per_epoch * training.num_epochs
+    return Run(config, task, tokenizer, problems["train"], problems[config.data.eval_split], model, anchor, optimizer,
+               max_steps, end_token_ids(model, tokenizer))  # fmt: skip
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to stop after this step; a second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if self.number:
+            raise SystemExit(128 + number)
+        self.number = number
+        logger.info("stopping after this step; once more to stop at once")
+
+
+def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", fresh: bool = False) -> dict:
+    """Train, or go on with a run that was interrupted. Returns the last evaluation; the run is in work_dir/runs/."""
+    configure_logging()
+    folder = Path(work_dir) / "runs" / f"{Path(config.source).stem}_{dataset_name}"
+    final = folder / "final"
+    if fresh and folder.exists():
+        set_aside(folder)
+    check_same_experiment(folder, config)
+    run = prepare(config, dataset_name)
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    state = load_checkpoint(checkpoints[-1], run.model, run.optimizer) if checkpoints else None
+    first_step = state["step"] + 1 if state else 0
+    if final.exists() and first_step > run.max_steps:
+        logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
+        return state["last_evaluation"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    telemetry = Telemetry(folder, first_step, run.max_steps)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    logger.info(f"{config.model.pretrained_model_path}: {parameters:,} parameters, {config.model.dtype}, "
+                f"{run.model.device}; {len(run.train_problems)} training and {len(run.eval_problems)} evaluation "
+                f"problems of {dataset_name}; {run.max_steps} steps; run folder {folder}")  # fmt: skip
+    try:
+        return train_loop(run, folder, telemetry, state, StopSignal())
+    finally:
+        telemetry.close()
+
+
+def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None, stop: StopSignal) -> dict:
+    """Evaluate, then step after step; save and stop when asked to."""
+    training = run.config.training
+    if state:
+        logger.info(f"going on after step {state['step']}")
+        first, last = state["first_evaluation"], state["last_evaluation"]
+        start = state["step"] + 1
+    else:
+        first = last = evaluate(run)
+        logger.info(f"before training: {accuracy_line(first)}")
+        telemetry.write_step(0, first)
+        start = 1
+    for step in range(start, run.max_steps + 1):
+        metrics, groups = train_step(run, step)
+        at_end = step == run.max_steps
+        looks = at_end or (training.eval_interval and step % training.eval_interval == 0)
+        if looks:
+            started = time.perf_counter()
+            last = evaluate(run)
+            metrics |= last | {"time/evaluate": time.perf_counter() - started}
+        if looks or step == 1:
+            telemetry.write_text("completions", completions_table(groups), step)
+            telemetry.write_histogram("rollout/lengths", torch.tensor(
+                [len(e.token_ids) for g in groups for e in g.episodes]), step)  # fmt: skip
+        telemetry.write_step(step, metrics)
+        if looks:
+            logger.info(f"step {step}/{run.max_steps}: {accuracy_line(last)}")
+        due = training.ckpt_save_interval and step % training.ckpt_save_interval == 0
+        if at_end or due or stop.number:
+            extra = {"first_evaluation": first, "last_evaluation": last}
+            save_checkpoint(folder / "checkpoints", step, run.model, run.tokenizer, run.optimizer, extra,
+                            training.keep_checkpoints)  # fmt: skip
+        if stop.number and not at_end:
+            logger.info(f"stopped after step {step} and saved; the same command goes on from here")
+            raise SystemExit(128 + stop.number)
+    save_model(run.model, run.tokenizer, folder / "final")
+    telemetry.write_hparams({**asdict(run.config.model), **asdict(training)}, metrics)
+    logger.info(f"before training: {accuracy_line(first)}")
+    logger.info(f"after training:  {accuracy_line(last)}")
+    logger.info(f"model in {folder / 'final'}; curves: tensorboard --logdir {folder.parent}")
+    return last
+
+
+def completions_table(groups: list[Group], shown: int = 8) -> str:
+    """Prompts, completions and rewards of the first episodes, one of each group."""
+    rows = [[g.problem.prompt_text, g.episodes[0].text, f"{g.episodes[0].reward:.2f}"] for g in groups[:shown]]
+    return markdown_table(["prompt", "completion", "reward"], rows)
+
+
+def set_aside(folder: Path) -> None:
+    """--fresh: the old run keeps its files under folder.1, folder.2, ..."""
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    logger.info(f"the old run is now {folder.name}.{number}")
+
+
+def check_same_experiment(folder: Path, config: Config) -> None:
+    """A run folder goes on only with the config it was made with; its length and intervals may change."""
+    if not (folder / "config.yaml").exists():
+        return
+    old, new = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text("utf-8"), dump_config(config)))
+    free = {"max_steps", "num_epochs", "eval_interval", "ckpt_save_interval", "keep_checkpoints", "device"}
+    for section in new:
+        for name in sorted(set(new[section]) | set(old.get(section, {}))):
+            before, now = old.get(section, {}).get(name), new[section].get(name)
+            if before != now and name not in free:
+                raise ConfigError(f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
+                                  f"use --fresh to start over, or another config file name")  # fmt: skip
+
+
+def run_evaluation(config: Config, dataset_name: str) -> dict[str, float]:
+    """--eval_only: evaluate the config's model and print the result."""
+    configure_logging()
+    metrics = evaluate(prepare(config, dataset_name))
+    logger.info(accuracy_line(metrics))
+    return metrics
