@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 # penalty names live here too, and not only in src/penalties.py, because checking a config must not import torch
-LOSS_TYPES = ("none", "kl", "approx_kl")
+LOSS_TYPES = ("none", "kl", "approx_kl", "ot", "maxent", "listwise_kl")
 
 
 class ConfigError(ValueError):
@@ -76,24 +76,82 @@ class TrainingConfig:
     minibatches: int = key(1, "Optimizer steps a rollout is divided into.", minimum=1)
     inner_epochs: int = key(1, "Passes over a rollout.", minimum=1)
     skip_unfinished_episodes: bool = key(False, "Leave completions that hit max_gen_len out of the loss.")
-    loss_type: str = key("kl", "The penalty that is added to the policy loss.", choices=LOSS_TYPES)
-    beta: float = key(0.04, "Weight of the penalty.", minimum=0)
-    anchor: str = key("reference", "What the penalty measures distance from: the initial policy, or the one that sampled.",
-                      choices=("reference", "rollout"))  # fmt: skip
-    kl_target: float = key(0.0, "The KL penalty counts only above this many nats a token (mean over a completion).", minimum=0, read_by=("kl", "approx_kl"))
-    kl_direction: str = key("reverse", "`reverse` KL(policy || anchor) or `forward` KL(anchor || policy).", choices=("reverse", "forward"), read_by=("kl",))
-    kl_estimator: str = key("k3", "Estimator from the sampled tokens.", choices=("k1", "k2", "k3"), read_by=("approx_kl",))
-    ot_target: float = key(0.0, "The OT penalty counts only above this.", minimum=0, read_by=("ot",))
-    ot_window: int = key(16, "Width of the band |i - j| of the transport.", minimum=1, read_by=("ot",))
-    entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
-    epsilon: float = key(0.2, "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).", minimum=0, below=1)
+    # the policy term
+    epsilon: float = key(0.2, "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).",
+                         minimum=0, below=1)  # fmt: skip
     epsilon_high: float | None = key(None, "Clip range upwards; empty: epsilon.", minimum=0)
-    loss_agg: str = key("token", "Mean over all tokens of the update, over sequences of their token means, or divided by "
-                        "the constant max_gen_len.", choices=("token", "sequence", "constant"))  # fmt: skip
+    delta: float | None = key(None, "Upper bound of the ratio also where the advantage is negative (two-sided clip, "
+                              "INTELLECT-2); empty: none.", above=1)  # fmt: skip
+    policy_loss: str = key("ppo", "`ppo`: clipped surrogate; `cispo`: the clipped ratio is a constant weight of the "
+                           "log-prob.", choices=("ppo", "cispo"))  # fmt: skip
+    importance_sampling_level: str = key("token", "One ratio a token (GRPO), or one a sequence, the geometric mean of "
+                                         "its tokens' (GSPO).", choices=("token", "sequence"))  # fmt: skip
+    importance_cap: float | None = key(None, "Tokens are weighed by min(trainer / sampler probability, this), which "
+                                       "corrects a sampler in lower precision; empty: off.", above=0)  # fmt: skip
+    loss_agg: str = key("token", "Mean over all tokens of the update (DAPO), over sequences of their token means (GRPO), "
+                        "or divided by the constant max_gen_len (Dr. GRPO).", choices=("token", "sequence", "constant"))  # fmt: skip
     scale_rewards: str = key("group", "Advantages are divided by the standard deviation of the group or of the batch, or "
                              "not at all.", choices=("group", "batch", "none"))  # fmt: skip
+    zero_truncated_rewards: bool = key(False, "A completion that hit max_gen_len gets reward 0.")
+    seed_grpo_alpha: float = key(0.0, "Scale a prompt's advantages by 1 / (1 + this / log G x semantic entropy) "
+                                 "(SEED-GRPO).", minimum=0, read_by=("none", "kl", "approx_kl", "ot"))  # fmt: skip
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
     old_logprobs: str = key("trainer", "With several updates a rollout: ratios against log-probs of an extra pass before the "
                             "first update, or against the sampler's own.", choices=("trainer", "sampler"))  # fmt: skip
+    # the penalty
+    loss_type: str = key("kl", "The penalty; maxent and listwise_kl take the place of the policy term instead.",
+                         choices=LOSS_TYPES)  # fmt: skip
+    beta: float = key(0.04, "Weight of the penalty; for maxent the weight of the reference in the closed form.", minimum=0)
+    anchor: str = key("reference", "What the penalty measures distance from: the initial policy, or the one that sampled.",
+                      choices=("reference", "rollout"))  # fmt: skip
+    reference_sync_steps: int = key(0, "Every so many steps the reference becomes the current policy; 0: never.", minimum=0)
+    kl_target: float = key(0.0, "The KL penalty counts only what a completion's mean exceeds this by, in nats a token.",
+                           minimum=0, read_by=("kl", "approx_kl"))  # fmt: skip
+    kl_direction: str = key("reverse", "`reverse`: KL(policy || other); `forward`: KL(other || policy). The other is the "
+                            "anchor, for listwise_kl the target.", choices=("reverse", "forward"),
+                            read_by=("kl", "listwise_kl"))  # fmt: skip
+    kl_estimator: str = key("k3", "Estimator of the KL from the sampled tokens.", choices=("k1", "k2", "k3"),
+                            read_by=("approx_kl",))  # fmt: skip
+    ot_target: float = key(0.0, "The OT penalty counts only what a completion exceeds this by.", minimum=0, read_by=("ot",))
+    ot_window: int = key(16, "Half width of the band |i - j| of the transport.", minimum=1, read_by=("ot",))
+    ot_eps: float = key(0.1, "Entropic regularisation of the transport.", above=0, read_by=("ot",))
+    ot_iters: int = key(10, "Sinkhorn iterations.", minimum=1, read_by=("ot",))
+    ot_debias: bool = key(True, "Sinkhorn divergence, zero at equality, in place of the raw transport cost.", read_by=("ot",))
+    ot_taper: bool = key(False, "Soften the edge of the band, which makes the divergence non-negative far from equality "
+                         "too.", read_by=("ot",))  # fmt: skip
+    ot_unroll: bool = key(False, "Differentiate through the iterations in place of the envelope theorem.", read_by=("ot",))
+    ot_backend: str = key("band", "`pot`: the POT library, dense and slow, for checking.", choices=("band", "pot"),
+                          read_by=("ot",))  # fmt: skip
+    q_temperature: float = key(0.1, "Temperature of the listwise target softmax(reward / this).", above=0,
+                               read_by=("maxent", "listwise_kl"))  # fmt: skip
+    q_epsilon: float = key(0.01, "Share of the uniform distribution in the listwise target.", minimum=0, maximum=1,
+                           read_by=("maxent", "listwise_kl"))  # fmt: skip
+    length_normalized: bool = key(True, "Sequence log-probs over a group are means a token (of the reference for maxent, "
+                                  "of the policy for listwise_kl), not sums.", read_by=("maxent", "listwise_kl"))  # fmt: skip
+    tau: float = key(0.1, "Weight of the entropy of the group weights; `.inf`: uniform weights.", minimum=0, read_by=("maxent",))
+    maxent_baseline: bool = key(True, "Weights minus 1 / G: worse than average completions are pushed down.",
+                                read_by=("maxent",))  # fmt: skip
+    maxent_clipped: bool = key(False, "The weights take the place of advantages in the clipped policy loss.",
+                               read_by=("maxent",))  # fmt: skip
+    maxent_token_counts: bool = key(False, "Weights divided by completion length.", read_by=("maxent",))
+    # controllers
+    tau_target_entropy: float | None = key(None, "Weight entropy in nats that tau is steered to; empty: tau stays.",
+                                           minimum=0, read_by=("maxent",))  # fmt: skip
+    tau_target_entropy_start: float | None = key(None, "The target begins here and is annealed; empty: constant.",
+                                                 minimum=0, read_by=("maxent",))  # fmt: skip
+    tau_target_anneal_steps: int = key(0, "Steps of that annealing.", minimum=0, read_by=("maxent",))
+    tau_lr: float = key(0.05, "Step of the controller in log tau.", above=0, read_by=("maxent",))
+    tau_min: float = key(1e-3, "Smallest tau.", above=0, read_by=("maxent",))
+    tau_max: float = key(10.0, "Largest tau.", above=0, read_by=("maxent",))
+    tau_warmup_steps: int = key(0, "Steps before tau moves.", minimum=0, read_by=("maxent",))
+    meta_lr: float = key(0.0, "Above 0: tau and beta follow the analytic gradient of (weight entropy - "
+                         "tau_target_entropy)^2 instead.", minimum=0, read_by=("maxent",))  # fmt: skip
+    beta_kl_target: float | None = key(None, "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta "
+                                       "stays.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))  # fmt: skip
+    beta_horizon: float = key(10.0, "Updates over which beta follows.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
+    beta_min: float = key(1e-4, "Smallest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
+    beta_max: float = key(10.0, "Largest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
+    # the optimizer
     learning_rate: float = key(1e-6, "Peak learning rate.", above=0)
     warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
     lr_schedule: str = key("constant", "After the warm-up: constant, or linear or cosine decay to zero at the last step.",
@@ -120,6 +178,7 @@ class Config:
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
 # Keys of the GRPO-mini format that only some loss types read: its files carry all of them, so they never complain.
+ALIASES = {"mask_truncated": "skip_unfinished_episodes"}  # names other trainers use
 SEED_FORMAT_KEYS = {"beta", "kl_target", "ot_target", "ot_window"}
 
 
@@ -145,7 +204,7 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
     if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
-            if wanted is float and number - number == 0:
+            if wanted is float and number == number and (abs(number) != float("inf") or where.endswith(".tau")):
                 return number
             if wanted is int and number == int(number):
                 return int(number)
@@ -177,6 +236,7 @@ def fill_section(section: str, given: Any, source: str) -> Any:
     known: dict[str, Field] = {item.name: item for item in fields(SECTIONS[section])}
     values = {}
     for name, value in given.items():
+        name = ALIASES.get(name, name)
         if name not in known:
             raise ConfigError(f"{source}: {section}.{name} is not a key{suggest(str(name), list(known))}")
         where = f"{source}: {section}.{name}"
@@ -199,9 +259,16 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
             f"{source}: training.num_questions_per_batch ({questions}) must be a multiple of minibatches "
             f"({training.minibatches}); groups are not cut apart"
         )
+    if training.loss_type == "maxent" and training.tau + training.beta == 0:
+        raise ConfigError(f"{source}: training.tau + training.beta must be greater than 0 for loss_type maxent")
+    if training.meta_lr > 0 and training.tau_target_entropy is None:
+        raise ConfigError(f"{source}: training.meta_lr needs training.tau_target_entropy, the entropy to steer to")
+    if training.tau_min > training.tau_max or training.beta_min > training.beta_max:
+        raise ConfigError(f"{source}: training.tau_min and beta_min must not exceed tau_max and beta_max")
     if len(training.betas) != 2:
         raise ConfigError(f"{source}: training.betas must be two numbers such as [0.9, 0.999], not {training.betas}")
     for name in given.get("training", {}):
+        name = ALIASES.get(name, name)
         read_by = unread_by(config, name)
         if read_by and name not in SEED_FORMAT_KEYS:
             raise ConfigError(

@@ -42,9 +42,9 @@ class Workspace:
         self.master, self.gradient, self.momentum, self.variance = torch.zeros(4, size, device=device)  # [size] each
         phases = torch.randint(PHASES, (PHASES,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
         self.phases = phases.repeat(-(-size // PHASES) + 1)[: PHASES + size].to(device)  # [PHASES + size]
-        self.sixteenths = torch.zeros_like(self.phases)  # [PHASES + size] dither in 1/65536 of a unit
-        self.eighths = torch.zeros_like(self.phases)  # [PHASES + size] the same in 1/256 of a unit
-        self.fractions = torch.zeros(self.phases.shape, device=device)  # [PHASES + size] the same in units
+        self.dither16 = torch.zeros_like(self.phases)  # [PHASES + size] dither in 1/65536 of a unit
+        self.dither8 = torch.zeros_like(self.phases)  # [PHASES + size] the same in 1/256 of a unit
+        self.dither_unit = torch.zeros(self.phases.shape, device=device)  # [PHASES + size] the same in units
         self.updates = -1
         self.slots: dict[tuple, list[dict[str, Tensor]]] = {}
         self.copier = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -53,9 +53,9 @@ class Workspace:
         """Move every element's dither on by the golden ratio of a unit, the Weyl sequence of least discrepancy."""
         if updates != self.updates:
             self.updates = updates
-            torch.add(self.phases, updates * 40503 % PHASES, out=self.sixteenths).bitwise_and_(PHASES - 1)
-            torch.bitwise_right_shift(self.sixteenths, 8, out=self.eighths)
-            torch.mul(self.sixteenths, 1 / PHASES, out=self.fractions)
+            torch.add(self.phases, updates * 40503 % PHASES, out=self.dither16).bitwise_and_(PHASES - 1)
+            torch.bitwise_right_shift(self.dither16, 8, out=self.dither8)
+            self.dither_unit.copy_(self.dither16).mul_(1 / PHASES)
 
     def dither(self, table: Tensor, start: int, stop: int, use: int) -> Tensor:
         """The dither of elements start..stop of a shard, however it is cut; `use` keeps three uses independent."""
@@ -92,8 +92,8 @@ class Chunk:
         self.momentum = self.states["momentum"] if exact else work.momentum[:count]  # [n]
         self.variance = self.states["variance"] if exact else work.variance[:count]  # [n]
         self.bits = self.master.view(torch.int32)  # [n]
-        self.dither_master = work.dither(work.eighths, start, stop, 0)  # [n]
-        moments = work.fractions if "momentum_scale" in shard.layout else work.sixteenths
+        self.dither_master = work.dither(work.dither8, start, stop, 0)  # [n]
+        moments = work.dither_unit if "momentum_scale" in shard.layout else work.dither16
         self.dither_momentum = work.dither(moments, start, stop, 1)  # [n]
         self.dither_variance = work.dither(moments, start, stop, 2)  # [n]
         self.master_pieces, self.bits_pieces, self.gradient_pieces, self.momentum_pieces, self.variance_pieces = (

@@ -40,6 +40,7 @@ class Episode:
     reward_parts: dict | None = None
     advantage: float = 0.0
     token_weight: float = 0.0  # weight of each token in the loss: 1 / (denominator of the whole update)
+    episode_weight: float = 0.0  # weight of the episode in the loss: 1 / (episodes of the whole update)
     old_logprobs: tuple[float, ...] | None = None  # by the trainer, before the first update; None: as sampled
 
 
@@ -68,6 +69,7 @@ class PackedBatch:
     advantages: Tensor  # [E]
     rewards: Tensor  # [E]
     token_weight: Tensor  # [E] weight of each token of the episode in the loss
+    episode_weight: Tensor  # [E] weight of the episode in the loss
     groups: int
 
 
@@ -226,6 +228,7 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
         advantages=each(episode.advantage for episode in episodes),
         rewards=each(episode.reward for episode in episodes),
         token_weight=each(episode.token_weight for episode in episodes),
+        episode_weight=each(episode.episode_weight for episode in episodes),
         groups=len(pieces),
     )
 

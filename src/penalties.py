@@ -1,19 +1,22 @@
 """What keeps the policy near its anchor: one function per penalty, chosen by `loss_type`.
 
-A penalty is `fn(PenaltyInputs, training config) -> (value, metrics)`. The value is per token [N] or per episode [E]; the
-loop weighs it (one denominator per update) and adds beta x value to the loss. To add one: write the function under
-@penalty("name"), put the name into LOSS_TYPES in src/config.py, and use it in a YAML.
+A penalty is `fn(PenaltyInputs, training config) -> (value, metrics)`. The value is per token [N], weighed as loss_agg says,
+or per episode [E], averaged over episodes; the loop adds beta x value to the loss. Metrics are tensors to be averaged over
+the step. To add one: write the function under @penalty("name"), put the name into LOSS_TYPES in src/config.py, and use it
+in a YAML.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from src.config import LOSS_TYPES
+from src.maxent import entropy, group_softmax, listwise_target, maxent_weights, weight_entropy_gradients
 from src.packing import PackedBatch
 from src.scoring import Scores
+from src.sinkhorn import sinkhorn_divergence
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: beyond it the estimate is worthless, and exp overflows fp32 at 88
 
@@ -27,19 +30,33 @@ class PenaltyInputs:
 
     def episode_mean(self, values: Tensor) -> Tensor:
         """[N] -> [E]."""
+        return self.episode_sum(values) / self.batch.lengths
+
+
+    def episode_sum(self, values: Tensor) -> Tensor:
+        """[N] -> [E]."""
         total = torch.zeros(len(self.batch.lengths), device=values.device, dtype=values.dtype)
-        return total.index_add(0, self.batch.episode_index, values) / self.batch.lengths
+        return total.index_add(0, self.batch.episode_index, values)
+
+    def by_group(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-episode values [E] as rows [groups, G] of the largest group, and a mask of which entries exist."""
+        counts = torch.bincount(self.batch.group_index, minlength=self.batch.groups)  # [groups]
+        mask = torch.arange(int(counts.max()), device=values.device)[None] < counts[:, None]  # [groups, G]
+        return torch.zeros(mask.shape, device=values.device, dtype=values.dtype).masked_scatter(mask, values), mask
 
 
-Penalty = Callable[[PenaltyInputs, object], tuple[Tensor, dict[str, float]]]
+Penalty = Callable[[PenaltyInputs, object], tuple[Tensor, dict[str, Tensor]]]
 PENALTIES: dict[str, Penalty] = {}
 
 
-def penalty(name: str, anchor: bool = True, exact_kl: bool = False) -> Callable[[Penalty], Penalty]:
-    """Register a penalty and say what it needs: scores of the anchor model, the exact KL."""
+def penalty(name: str, anchor: bool = True, exact_kl: bool = False, objective: bool = False):
+    """Register a penalty and say what it needs: scores of the anchor, the exact KL.
+
+    An `objective` takes the place of the policy term, with weight 1, and sees each group whole.
+    """
 
     def register(function: Penalty) -> Penalty:
-        function.needs_anchor, function.needs_exact_kl = anchor, exact_kl
+        function.needs_anchor, function.needs_exact_kl, function.is_objective = anchor, exact_kl, objective
         PENALTIES[name] = function
         return function
 
@@ -47,8 +64,10 @@ def penalty(name: str, anchor: bool = True, exact_kl: bool = False) -> Callable[
 
 
 def hinge(value: Tensor, target: float, inputs: PenaltyInputs) -> Tensor:
-    """Per-token value [N] as it is, or, with a target, per episode [E] what its mean exceeds the target by."""
-    return value if target == 0 else (inputs.episode_mean(value) - target).clamp(min=0)
+    """The value as it is, or, with a target, per episode [E] what its mean exceeds the target by."""
+    if target == 0:
+        return value
+    return ((inputs.episode_mean(value) if len(value) == len(inputs.batch.target_ids) else value) - target).clamp(min=0)
 
 
 @penalty("none", anchor=False)
@@ -81,6 +100,101 @@ def approximate_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     estimate = kl_estimates(scores.logprobs, scores.anchor_logprobs)[training.kl_estimator]  # [N]
     log_weight = (scores.logprobs - inputs.batch.old_logprobs).detach().clamp(max=MAX_LOG_RATIO)
     return hinge(log_weight.exp() * estimate, training.kl_target, inputs), {}
+
+
+@penalty("ot")
+def optimal_transport(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
+    """Sinkhorn divergence between the policy's and the anchor's last hidden states along each completion, [E]."""
+    value = sinkhorn_divergence(
+        inputs.scores.hidden, inputs.scores.anchor_hidden, inputs.batch.episode_index, len(inputs.batch.lengths),
+        window=training.ot_window, eps=training.ot_eps, iterations=training.ot_iters, debias=training.ot_debias,
+        taper=training.ot_taper, unroll=training.ot_unroll, backend=training.ot_backend,
+    )  # fmt: skip
+    return hinge(value, training.ot_target, inputs), {"train/ot": value.detach()}
+
+
+def has_variance(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[groups, G] -> [groups, 1]: whether a group's rewards differ; one without variance teaches nothing."""
+    highest = rewards.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    lowest = rewards.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    return highest - lowest > 1e-6
+
+
+def policy_loss(logprobs: Tensor, batch: PackedBatch, training) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate per token [N], and where the clip binds [N].
+
+    PPO (Schulman et al. 2017, equation 7), with the switches of GSPO (one ratio a sequence), DAPO (epsilon_high),
+    INTELLECT-2 (delta) and CISPO (MiniMax-M1: a clipped, constant weight of the log-prob).
+    """
+    advantages = batch.advantages[batch.episode_index]  # [N]
+    log_ratio = logprobs - batch.old_logprobs  # [N]
+    if training.importance_sampling_level == "sequence":
+        total = torch.zeros(len(batch.lengths), device=log_ratio.device).index_add(0, batch.episode_index, log_ratio)
+        log_ratio = (total / batch.lengths)[batch.episode_index]  # [N] the same for each token of an episode
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    high = training.epsilon if training.epsilon_high is None else training.epsilon_high
+    clipped = ratio.clamp(1 - training.epsilon, 1 + high)
+    if training.policy_loss == "cispo":
+        weight = ratio.clamp(max=1 + high).detach()
+        return -weight * advantages * logprobs, (ratio > 1 + high).float()
+    bounded = ratio if training.delta is None else ratio.clamp(max=training.delta)
+    surrogate = torch.minimum(bounded * advantages, clipped * advantages)
+    return -surrogate, (surrogate < ratio * advantages).float()
+
+
+@penalty("maxent", objective=True)
+def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
+    """Weighted maximum likelihood towards the closed-form weights of src/maxent.py, on mean token log-probs, [E].
+
+    With the baseline the weights are w - 1/G, so that uniform weights do nothing. `maxent_clipped` uses them as the
+    advantages of the clipped policy loss. A group whose rewards are all equal contributes nothing.
+    """
+    scores, batch = inputs.scores, inputs.batch
+    reference = inputs.episode_mean if training.length_normalized else inputs.episode_sum
+    reference_logprobs, mask = inputs.by_group(reference(scores.anchor_logprobs))  # [groups, G]
+    rewards = inputs.by_group(batch.rewards)[0]
+    counts = inputs.by_group(batch.lengths.float())[0] if training.maxent_token_counts else None
+    q = listwise_target(rewards, training.q_temperature, training.q_epsilon, mask)
+    weights = maxent_weights(q, reference_logprobs, training.tau, training.beta, counts, mask)  # [groups, G]
+    sizes = mask.sum(1, keepdim=True)
+    signed = weights - mask / sizes if training.maxent_baseline else weights
+    # times G: an episode's share of its group's sum, so that the mean over episodes is the mean over groups
+    shares = (signed * sizes * has_variance(rewards, mask))[mask]  # [E]
+    metrics = weight_metrics(weights, q, reference_logprobs, inputs.by_group(batch.advantages)[0], mask, training)
+    if training.maxent_clipped:
+        value, _ = policy_loss(scores.logprobs, replace(batch, advantages=shares), training)
+        return inputs.episode_mean(value), metrics
+    return -shares * inputs.episode_mean(scores.logprobs), metrics
+
+
+def weight_metrics(weights, q, reference_logprobs, advantages, mask, training) -> dict[str, Tensor]:
+    """Entropies [groups] of the weights and of the softmax of the advantages, and what the meta-controller needs."""
+    entropies = entropy(weights)
+    metrics = {"maxent/weight_entropy": entropies, "maxent/weight_entropy_min": entropies,
+               "maxent/weight_entropy_max": entropies,
+               "maxent/weight_entropy_normalized": entropies / mask.sum(1).log(),
+               "maxent/advantage_entropy": entropy(group_softmax(advantages, mask))}  # fmt: skip
+    if training.meta_lr > 0:
+        slopes = weight_entropy_gradients(weights, q, reference_logprobs, training.tau, training.beta, mask)
+        metrics |= {"maxent/entropy_slope_tau": slopes[0], "maxent/entropy_slope_beta": slopes[1]}
+    return metrics
+
+
+@penalty("listwise_kl", anchor=False, objective=True)
+def listwise_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
+    """KL over a group between the softmax of the scores and the softmax of the policy's sequence log-probs, [E].
+
+    The target (from the scores) is a constant; a group whose scores are all equal contributes nothing.
+    """
+    sequence = inputs.episode_mean if training.length_normalized else inputs.episode_sum
+    logprobs, mask = inputs.by_group(sequence(inputs.scores.logprobs))  # [groups, G]
+    rewards = inputs.by_group(inputs.batch.rewards)[0]
+    log_target = listwise_target(rewards, training.q_temperature, training.q_epsilon, mask).clamp(min=1e-30).log()
+    log_policy = logprobs.masked_fill(~mask, -torch.inf).log_softmax(1).masked_fill(~mask, 0.0)
+    p, q = (log_policy, log_target) if training.kl_direction == "reverse" else (log_target, log_policy)
+    terms = p.exp() * (p - q) * mask  # [groups, G]
+    shares = (terms * mask.sum(1, keepdim=True) * has_variance(rewards, mask))[mask]  # [E]
+    return shares, {"train/listwise_kl": terms.sum(1).detach()}
 
 
 assert set(PENALTIES) == set(LOSS_TYPES), "every loss type of src/config.py is a penalty here, and the reverse"

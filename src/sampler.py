@@ -101,8 +101,9 @@ class DecodeAttention:
     """
 
     def __init__(self, layers: int, slots: int, kv_heads: int, width: int, head_dim: int, prompt: tuple, like: Tensor):
-        self.keys = like.new_empty(layers, slots, kv_heads, width, head_dim)
-        self.values = torch.zeros_like(self.keys)  # zeros: a masked place has weight 0, and 0 x garbage may be NaN
+        # zeros: a place that is masked must still be finite, NaN from old memory would survive the mask
+        self.keys = like.new_zeros(layers, slots, kv_heads, width, head_dim)
+        self.values = torch.zeros_like(self.keys)
         self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt  # [layers, prompts, Hkv, P, D] and [prompts]
         self.width = 1  # widest own part among the slots, this step's token included
         self.uniform = True  # all slots have the same own length

@@ -35,17 +35,19 @@ def sinkhorn_divergence(
     arXiv:1810.08278, eq. 3). The gradient is the plan, held constant (envelope theorem); `unroll` differentiates
     the iterations instead, and keeps every one of them in memory. `backend="pot"` is a dense check.
 
-    A band with a hard edge is no positive kernel, so far from equality the debiased value can be negative, and
-    descending it can lead away from the anchor. `taper` adds -eps log(1 - |i - j| / (w + 1)) to the cost: the triangle
-    is positive, so is its product with exp(cos / eps), and at convergence the value is >= 0 (Feydy, theorem 1).
+    A band with a hard edge is no positive definite kernel, so the debiased value can be negative and its descent
+    can lead AWAY from the anchor. `taper` adds -eps log(1 - |i - j| / (w + 1)) to the cost: that triangle is positive
+    definite, so is its product with exp(cos / eps), and the converged value is >= 0 (Feydy et al. 2019, theorem 1).
     """
     policy, anchor = _unit_rows(policy_hidden), _unit_rows(anchor_hidden.detach())
     pairs = [(policy, anchor), (policy, policy), (anchor, anchor)] if debias else [(policy, anchor)]
     if len(policy) == 0:
         return policy.sum().expand(episodes)  # zeros, with a graph
     if backend == "pot":
-        values = [_pot_values(*p, episode_index, episodes, window, eps, iterations, taper, unroll) for p in pairs]
-        values = torch.stack(values)  # [problems, episodes]
+        lengths = torch.bincount(episode_index, minlength=episodes).tolist()
+        problems = [paths for pair in pairs for paths in zip(*(path.split(lengths) for path in pair), strict=True)]
+        values = [_pot_value(*paths, window, eps, iterations, taper, unroll) for paths in problems]
+        values = torch.stack(values).view(len(pairs), episodes)
     elif backend == "band":
         # The three problems lie end to end too, so the iterations run once for all of them.
         kernel = torch.cat([_log_kernel(*pair, episode_index, window, eps, taper) for pair in pairs])
@@ -140,7 +142,7 @@ def _log_kernel(left: Tensor, right: Tensor, index: Tensor, window: int, eps: fl
     factors are views, so autograd keeps the padded rows and nothing of size tokens * window * hidden.
     """
     tokens, hidden = left.shape
-    slope, window = window + 1, min(window, tokens - 1)  # the taper must not depend on the batch
+    slope, window = window + 1, min(window, tokens - 1)  # the taper doesn't depend on the batch
     offsets = torch.arange(2 * window + 1, device=left.device)  # k
     block = max(2 * window, 16)
     tail = -tokens % block
@@ -157,24 +159,22 @@ def _log_kernel(left: Tensor, right: Tensor, index: Tensor, window: int, eps: fl
     return kernel.masked_fill(neighbour != index[:, None], -torch.inf)
 
 
-def _pot_values(
-    left: Tensor, right: Tensor, index: Tensor, episodes: int, window: int, eps: float, iterations: int,
-    taper: bool, unroll: bool,
-) -> Tensor:  # fmt: skip
-    """The same values from POT, one dense problem an episode: what the band is checked against."""
+def _pot_value(
+    left: Tensor, right: Tensor, window: int, eps: float, iterations: int, taper: bool, unroll: bool
+) -> Tensor:
+    """The same value from POT, for one episode and with a dense cost: what the band is checked against."""
     import ot
 
-    values = [left.new_zeros(())] * episodes
-    for episode in index.unique().tolist():
-        rows = (index == episode).nonzero()[:, 0]
-        share = left.new_full((len(rows),), 1 / len(rows))
-        distance = (rows[:, None] - rows).abs()  # [length, length]
-        cost = 1 - left[rows] @ right[rows].T
-        if taper:
-            cost = cost - eps * torch.log((1 - distance / (window + 1)).clamp(min=1e-30))
-        far = cost.masked_fill(distance > window, 1e6)
-        with torch.set_grad_enabled(unroll and torch.is_grad_enabled()):
-            plan = ot.sinkhorn(share, share, far, eps, "sinkhorn_log", numItermax=iterations, stopThr=0, warn=False)
-        mass = plan[plan > 0]  # the logarithm of the zeros outside the band has no gradient
-        values[episode] = (plan * cost).sum() + eps * (mass * (mass * len(rows) ** 2).log()).sum()
-    return torch.stack(values)
+    tokens = len(left)
+    if tokens == 0:
+        return left.sum()
+    position, share = torch.arange(tokens, device=left.device), left.new_full((tokens,), 1 / tokens)
+    distance = (position[:, None] - position).abs()  # [tokens, tokens]
+    cost = 1 - left @ right.T
+    if taper:
+        cost = cost - eps * torch.log((1 - distance / (window + 1)).clamp(min=1e-30))
+    far = cost.masked_fill(distance > window, 1e6)
+    with torch.set_grad_enabled(unroll and torch.is_grad_enabled()):
+        plan = ot.sinkhorn(share, share, far, eps, "sinkhorn_log", numItermax=iterations, stopThr=0, warn=False)
+    mass = plan[plan > 0]  # the logarithm of the zeros outside the band has no gradient
+    return (plan * cost).sum() + eps * (mass * (mass * tokens**2).log()).sum()

@@ -23,8 +23,9 @@ from src.checkpoint import (
 from src.config import Config, ConfigError, TrainingConfig, dump_config
 from src.optim import build_optimizer
 from src.packing import Group, pack, split_into_microbatches
-from src.penalties import MAX_LOG_RATIO, PENALTIES, PenaltyInputs, kl_estimates
-from src.rl_datasets import Problem, get_task, make_problems
+from src.maxent import Controllers, ControllerSettings, seed_grpo_scale, semantic_entropy
+from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
+from src.rl_datasets import Problem, get_task, last_answer, make_problems
 from src.sampler import SamplingSettings, rollout
 from src.scoring import score
 from src.telemetry import Telemetry, configure_logging, markdown_table
@@ -44,6 +45,7 @@ class Run:
     model: torch.nn.Module
     anchor: torch.nn.Module  # frozen: the initial policy, or with `anchor: rollout` the one that sampled
     optimizer: torch.optim.Optimizer
+    controllers: Controllers  # the live values of tau and beta
     max_steps: int
     eos_ids: tuple[int, ...]
 
@@ -69,17 +71,18 @@ def sample(run: Run, problems: list[Problem], samples: int, temperature: float, 
     training = run.config.training
     settings = SamplingSettings(training.max_gen_len, temperature, training.inference_batch_size, run.eos_ids,
                                 training.random_seed, stream)  # fmt: skip
-    return grade(run.task, rollout(run.model, run.tokenizer, problems, samples, settings))
+    return grade(run.task, rollout(run.model, run.tokenizer, problems, samples, settings), training)
 
 
-def grade(task, groups: list[Group]) -> list[Group]:
+def grade(task, groups: list[Group], training: TrainingConfig) -> list[Group]:
     """Every episode with its reward and the parts it is made of."""
     graded = []
     for group in groups:
         episodes = []
         for episode in group.episodes:
             parts = task.reward(episode.text, group.problem.reference)
-            episodes.append(replace(episode, reward=parts["reward"], reward_parts=parts))
+            truncated = training.zero_truncated_rewards and not episode.finished
+            episodes.append(replace(episode, reward=0.0 if truncated else parts["reward"], reward_parts=parts))
         graded.append(replace(group, episodes=tuple(episodes)))
     return graded
 
@@ -97,11 +100,21 @@ def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]
         spread = rewards.std(1, keepdim=True, correction=0)
     elif training.scale_rewards == "batch":
         spread = rewards.std(correction=0).expand_as(spread)
-    advantages = torch.where(varied, centered / torch.where(varied, spread, 1.0), 0.0).tolist()
+    advantages = torch.where(varied, centered / torch.where(varied, spread, 1.0), 0.0)
+    if training.seed_grpo_alpha > 0:
+        advantages = advantages * uncertainty_scale(groups, training.seed_grpo_alpha)[:, None]
+    advantages = advantages.tolist()
     return [
         replace(group, episodes=tuple(replace(e, advantage=a) for e, a in zip(group.episodes, row, strict=True)))
         for group, row in zip(groups, advantages, strict=True)
     ]
+
+
+def uncertainty_scale(groups: list[Group], alpha: float) -> Tensor:
+    """SEED-GRPO (Chen et al. 2025): prompts whose answers disagree move the policy less; clusters are equal answers."""
+    answers = [[last_answer(e.text) for e in group.episodes] for group in groups]
+    logprobs = [[sum(e.logprobs) / len(e.logprobs) for e in group.episodes] for group in groups]
+    return seed_grpo_scale(semantic_entropy(answers, torch.tensor(logprobs)), alpha, len(groups[0].episodes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +122,7 @@ def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_token_weights(groups: list[Group], training: TrainingConfig) -> list[Group]:
+def add_loss_weights(groups: list[Group], training: TrainingConfig) -> list[Group]:
     """One denominator for the whole update, before it is cut into micro-batches; episodes without weight are dropped."""
     kept = [
         replace(g, episodes=tuple(e for e in g.episodes if e.finished or not training.skip_unfinished_episodes))
@@ -118,112 +131,141 @@ def add_token_weights(groups: list[Group], training: TrainingConfig) -> list[Gro
     lengths = [len(e.token_ids) for g in kept for e in g.episodes]
     constants = {"token": sum(lengths), "constant": len(lengths) * training.max_gen_len}
 
-    def weight(episode) -> float:
-        if training.loss_agg == "sequence":
-            return 1.0 / (len(lengths) * len(episode.token_ids))
-        return 1.0 / constants[training.loss_agg]
+    def weigh(episode):
+        denominator = constants.get(training.loss_agg, len(lengths) * len(episode.token_ids))
+        return replace(episode, token_weight=1 / denominator, episode_weight=1 / len(lengths))
 
-    weighted = [replace(g, episodes=tuple(replace(e, token_weight=weight(e)) for e in g.episodes)) for g in kept]
-    return [group for group in weighted if group.episodes]
+    return [replace(g, episodes=tuple(map(weigh, g.episodes))) for g in kept if g.episodes]
 
 
-def policy_loss(logprobs: Tensor, inputs: PenaltyInputs, training: TrainingConfig) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, equation 7) per token [N], and where the clip binds [N]."""
-    batch = inputs.batch
-    advantages = batch.advantages[batch.episode_index]  # [N]
-    ratio = (logprobs - batch.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # [N]
-    high = training.epsilon if training.epsilon_high is None else training.epsilon_high
-    clipped = ratio.clamp(1 - training.epsilon, 1 + high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    return -surrogate, (clipped * advantages < ratio * advantages).float()
-
-
-def weigh(value: Tensor, batch) -> Tensor:
-    """Sum of a per-token [N] or per-episode [E] value with the weights of the update: its mean as loss_agg says."""
+def weighted_sum(value: Tensor, batch) -> Tensor:
+    """A micro-batch's share of the mean of a per-token [N] or per-episode [E] value over the whole update."""
     if len(value) == len(batch.episode_index):
         return (value * batch.token_weight[batch.episode_index]).sum()
-    return (value * batch.token_weight * batch.lengths).sum()
+    return (value * batch.episode_weight).sum()
 
 
 def microbatches(run: Run, groups: list[Group]):
+    """Packed batches of the configured size; a loss over a group keeps it whole."""
     training = run.config.training
-    for pieces in split_into_microbatches(groups, training.micro_batch_size, training.max_tokens_per_microbatch):
-        yield pieces, pack(pieces, run.model.device, run.model.dtype)
+    whole = PENALTIES[training.loss_type].is_objective
+    for pieces in split_into_microbatches(groups, training.micro_batch_size, training.max_tokens_per_microbatch, whole):
+        yield pack(pieces, run.model.device, run.model.dtype)
 
 
-def loss_of_microbatch(run: Run, batch, on_policy: bool, use_anchor: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy loss + beta x penalty - entropy bonus of one packed batch, and sums over its tokens to log."""
-    training = run.config.training
+def loss_of_microbatch(run: Run, batch, training: TrainingConfig, on_policy: bool, use_anchor: bool):
+    """Policy loss + beta x penalty - entropy bonus of one packed batch; and what to log, averaged over its elements."""
     penalty = PENALTIES[training.loss_type]
-    direction = training.kl_direction if penalty.needs_exact_kl and training.beta > 0 else None
+    direction = training.kl_direction if penalty.needs_exact_kl and use_anchor else None
     scores = score(run.model, batch, training.temperature, run.anchor if use_anchor else None, direction)
     if on_policy:  # the first and only update of this rollout: the old policy is this one, its ratio exactly 1
         batch = replace(batch, old_logprobs=scores.logprobs.detach())
     inputs = PenaltyInputs(scores, batch)
-    surrogate, clipped = policy_loss(scores.logprobs, inputs, training)
-    policy_part = weigh(surrogate, batch)
-    loss = policy_part
-    sums = {"train/clip_fraction": clipped.sum(), "train/entropy": scores.entropy.sum()}
-    weighted = {"train/policy_loss": policy_part}
-    if training.beta > 0 and training.loss_type != "none":
+    measured = {"train/entropy": scores.entropy, "rollout/mismatch": (scores.logprobs - batch.sampled_logprobs).abs()}
+    parts = {}
+    if not penalty.is_objective:
+        surrogate, measured["train/clip_fraction"] = policy_loss(scores.logprobs, batch, training)
+        if training.importance_cap is not None:
+            correction = (batch.old_logprobs - batch.sampled_logprobs).exp().clamp(max=training.importance_cap)
+            surrogate = surrogate * correction
+        parts["train/policy_loss"] = weighted_sum(surrogate, batch)
+    if penalty.is_objective or (training.beta > 0 and use_anchor and training.loss_type != "none"):
         value, penalty_metrics = penalty(inputs, training)
-        penalty_part = weigh(value, batch)
-        loss = loss + training.beta * penalty_part
-        weighted |= {"train/penalty": penalty_part, **penalty_metrics}
+        measured |= penalty_metrics
+        parts["train/penalty"] = weighted_sum(value, batch) * (1.0 if penalty.is_objective else training.beta)
     if training.entropy_coef > 0:
-        loss = loss - training.entropy_coef * weigh(scores.entropy, batch)
-    weighted["train/loss"] = loss
+        parts["train/entropy_bonus"] = -training.entropy_coef * weighted_sum(scores.entropy, batch)
     if scores.anchor_logprobs is not None:
         estimates = kl_estimates(scores.logprobs, scores.anchor_logprobs)
-        sums |= {"train/kl_k1": estimates["k1"].sum(), "train/kl_k3": estimates["k3"].sum()}
-    sums["rollout/mismatch"] = (scores.logprobs - batch.sampled_logprobs).abs().sum()
-    return loss, {"tokens": sums, "update": weighted}
+        measured |= {"train/kl_k1": estimates["k1"], "train/kl_k3": estimates["k3"]}
+    if scores.kl is not None:
+        measured["train/kl"] = scores.kl
+    loss = sum(parts.values())
+    return loss, measured, parts | {"train/loss": loss}
+
+
+class Means:
+    """Means over all elements of a step, of tensors that arrive micro-batch by micro-batch (or their min or max)."""
+
+    def __init__(self):
+        self.totals: dict[str, float] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, values: Tensor) -> None:
+        values = values.detach()
+        if name.endswith(("_min", "_max")):
+            chosen = min if name.endswith("_min") else max
+            value = float(getattr(values, name[-3:])())
+            self.totals[name] = chosen(self.totals.get(name, value), value)
+            self.counts[name] = 1
+        else:
+            self.totals[name] = self.totals.get(name, 0.0) + float(values.sum())
+            self.counts[name] += values.numel()
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.totals.items()}
 
 
 def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     """Optimizer steps on one rollout; returns means over all of its tokens."""
-    training = run.config.training
+    training = replace(run.config.training, tau=run.controllers.tau, beta=run.controllers.beta)
+    penalty = PENALTIES[training.loss_type]
     updates = training.minibatches * training.inner_epochs
-    pulls = training.beta > 0 and training.loss_type != "none"
+    pulls = penalty.needs_anchor and training.beta > 0
     use_anchor = pulls or step % (training.eval_interval or run.max_steps) == 0  # else only measured, now and then
     if updates > 1 and training.old_logprobs == "trainer":
         groups = add_old_logprobs(run, groups)
     rate = learning_rate_at(step, run.max_steps, training)
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = rate
-    token_sums, update_sums, tokens, skipped = defaultdict(float), defaultdict(float), defaultdict(int), 0
+    means, sums, skipped = Means(), defaultdict(float), 0
     for index in range(updates):
-        minibatch = groups[index % training.minibatches :: training.minibatches]
-        weighted = add_token_weights(minibatch, training)
+        weighted = add_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
         if not pulls and training.entropy_coef == 0:  # a group without variance then has no gradient at all
             weighted = [g for g in weighted if any(e.advantage != 0 for e in g.episodes)]
-        for _, batch in microbatches(run, weighted):
-            loss, measured = loss_of_microbatch(run, batch, updates == 1, use_anchor)
+        for batch in microbatches(run, weighted):
+            loss, measured, parts = loss_of_microbatch(run, batch, training, updates == 1, use_anchor)
             loss.backward()
             if index > 0:  # the policy has moved since it sampled: the difference is not the sampler's any more
-                measured["tokens"].pop("rollout/mismatch")
-            for name, value in measured["tokens"].items():
-                token_sums[name] += float(value.detach())
-                tokens[name] += len(batch.target_ids)
-            for name, value in measured["update"].items():
-                update_sums[name] += float(value.detach()) / updates
-        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm)) if weighted else 0.0
-        update_sums["train/grad_norm"] += norm / updates
-        if not math.isfinite(norm):
+                measured.pop("rollout/mismatch")
+            for name, values in measured.items():
+                means.add(name, values)
+            for name, value in parts.items():
+                sums[name] += float(value.detach()) / updates
+        if not weighted:
+            continue
+        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm))
+        sums["train/grad_norm"] += norm / updates
+        if math.isfinite(norm):
+            run.optimizer.step()
+        else:
             skipped += 1
             logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
-        elif weighted:
-            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-    means = {name: value / tokens[name] for name, value in token_sums.items()}
-    return means | dict(update_sums) | {"train/learning_rate": rate, "train/skipped_updates": skipped}
+    metrics = means.result() | sums | {"train/learning_rate": rate, "train/skipped_updates": skipped}
+    return metrics | steer(run, metrics, step)
+
+
+def steer(run: Run, metrics: dict[str, float], step: int) -> dict[str, float]:
+    """Move tau and beta by what the step measured; see Controllers in src/maxent.py."""
+    training, controllers = run.config.training, run.controllers
+    if "maxent/weight_entropy" in metrics:
+        measured = metrics["maxent/weight_entropy"]
+        if training.meta_lr > 0:
+            slope = 2 * (measured - training.tau_target_entropy)
+            controllers.meta_step(slope * metrics["maxent/entropy_slope_tau"], slope * metrics["maxent/entropy_slope_beta"])
+        else:
+            controllers.update_tau(measured, step)
+    if "train/kl_k3" in metrics:
+        controllers.update_beta(metrics["train/kl_k3"])
+    return {"train/beta": controllers.beta} | ({"maxent/tau": controllers.tau} if training.loss_type == "maxent" else {})
 
 
 @torch.no_grad()
 def add_old_logprobs(run: Run, groups: list[Group]) -> list[Group]:
     """The trainer's own log-probs of every episode before the first of several updates."""
     episodes = []
-    for _, batch in microbatches(run, groups):
+    for batch in microbatches(run, groups):
         logprobs = score(run.model, batch, run.config.training.temperature).logprobs
         episodes += [tuple(part.tolist()) for part in logprobs.split(batch.lengths.tolist())]
     rows = iter(episodes)
@@ -294,7 +336,8 @@ def accuracy_line(metrics: dict[str, float]) -> str:
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     """One rollout, its rewards, its updates; every number is over the whole step."""
     training = run.config.training
-    if training.anchor == "rollout":
+    sync = 1 if training.anchor == "rollout" else training.reference_sync_steps
+    if sync and (step - 1) % sync == 0:
         run.anchor.load_state_dict(run.model.state_dict())
     started = time.perf_counter()
     questions = questions_of_step(run, step)
@@ -346,8 +389,15 @@ def prepare(config: Config, dataset_name: str) -> Run:
     )  # fmt: skip
     per_epoch = max(1, len(problems["train"]) // training.num_questions_per_batch)
     max_steps = training.max_steps or per_epoch * training.num_epochs
+    controllers = Controllers(training.tau, training.beta, ControllerSettings(
+        tau_target_entropy=training.tau_target_entropy, tau_target_entropy_start=training.tau_target_entropy_start,
+        tau_target_anneal_steps=training.tau_target_anneal_steps, tau_lr=training.tau_lr, tau_min=training.tau_min,
+        tau_max=training.tau_max, tau_warmup_steps=training.tau_warmup_steps, kl_target=training.beta_kl_target,
+        kl_horizon=training.beta_horizon, beta_min=training.beta_min, beta_max=training.beta_max,
+        meta_lr=training.meta_lr or 0.1,
+    ))  # fmt: skip
     return Run(config, task, tokenizer, problems["train"], problems[config.data.eval_split], model, anchor, optimizer,
-               max_steps, end_token_ids(model, tokenizer))  # fmt: skip
+               controllers, max_steps, end_token_ids(model, tokenizer))  # fmt: skip
 
 
 class StopSignal:
@@ -398,6 +448,9 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
     training = run.config.training
     if state:
         logger.info(f"going on after step {state['step']}")
+        run.controllers.load_state_dict(state["controllers"])
+        if "anchor" in state:
+            run.anchor.load_state_dict(state["anchor"])
         first, last = state["first_evaluation"], state["last_evaluation"]
         start = state["step"] + 1
     else:
@@ -422,7 +475,9 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
             logger.info(f"step {step}/{run.max_steps}: {accuracy_line(last)}")
         due = training.ckpt_save_interval and step % training.ckpt_save_interval == 0
         if at_end or due or stop.number:
-            extra = {"first_evaluation": first, "last_evaluation": last}
+            extra = {"first_evaluation": first, "last_evaluation": last, "controllers": run.controllers.state_dict()}
+            if training.reference_sync_steps:
+                extra["anchor"] = run.anchor.state_dict()
             save_checkpoint(folder / "checkpoints", step, run.model, run.tokenizer, run.optimizer, extra,
                             training.keep_checkpoints)  # fmt: skip
         if stop.number and not at_end:

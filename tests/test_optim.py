@@ -1,0 +1,586 @@
+"""MemoryEfficientAdamW against torch's AdamW: exact where it must be, unbiased where it rounds, 7 bytes a parameter."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from src import optim
+from src.optim import BLOCK, MemoryEfficientAdamW, build_optimizer, decode_master, encode_master
+
+ALL_BITS = [(master, state) for master in (24, 32) for state in (8, 16, 32)]
+SHAPES = [(7, 19), (300,), (), (64, 128), (1,)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_parameters(dtype=torch.bfloat16, shapes=SHAPES, scale=0.05):
+    return [nn.Parameter((torch.randn(shape) * scale).to(dtype)) for shape in shapes]
+
+
+def set_gradients(parameters, generator, scale=1.0):
+    for parameter in parameters:
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
+
+
+def steps(optimizer, parameters, count, seed=1, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        set_gradients(parameters, generator, scale)
+        optimizer.step()
+
+
+def bits_of(tensor):
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def same_bits(left, right):
+    return all(torch.equal(bits_of(a), bits_of(b)) for a, b in zip(left, right, strict=True))
+
+
+def tensors_in(optimizer):
+    return [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+
+
+# --- the same mathematics as torch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_elements", [None, 3 * BLOCK])
+def test_32_32_is_bit_identical_to_fp32_adamw_for_1000_steps(chunk_elements):
+    parameters = make_parameters()
+    references = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+    options = dict(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    ours = MemoryEfficientAdamW(parameters, **options, master_bits=32, state_bits=32)
+    ours.chunk_elements = chunk_elements
+    theirs = torch.optim.AdamW(references, **options, fused=True)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1000):
+        set_gradients(parameters, generator, scale=0.1 + step % 7)
+        for parameter, reference in zip(parameters, references, strict=True):
+            reference.grad = parameter.grad.float()
+        ours.step()
+        theirs.step()
+        if step % 100 == 99:
+            assert same_bits(ours.master_weights(), references)
+    assert not torch.equal(references[0], make_parameters()[0].float())
+    for parameter, reference in zip(parameters, references, strict=True):  # the bf16 weight is the nearest to it
+        nearest = reference.to(torch.bfloat16)
+        tie = (reference.view(torch.int32) & 0xFFFF) == 0x8000
+        assert torch.equal(parameter[~tie], nearest[~tie])
+
+
+def test_the_three_torch_implementations_differ_from_ours_only_by_rounding():
+    results = []
+    for make in (lambda p: MemoryEfficientAdamW(p, state_bits=32, weight_decay=0.1),
+                 lambda p: torch.optim.AdamW(p, weight_decay=0.1, foreach=True),
+                 lambda p: torch.optim.AdamW(p, weight_decay=0.1, foreach=False, fused=False)):
+        torch.manual_seed(0)
+        parameters = make_parameters(torch.float32)
+        steps(make(parameters), parameters, 200)
+        results.append(parameters)
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_fp32_parameters_equal_torch_fused_to_the_bit(offload):
+    ours, theirs = make_parameters(torch.float32), None
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    steps(MemoryEfficientAdamW(ours, weight_decay=0.01, state_bits=32, offload=offload), ours, 300)
+    steps(torch.optim.AdamW(theirs, weight_decay=0.01, fused=True), theirs, 300)
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_first_step_with_a_gradient_as_small_as_eps(dtype, master_bits, state_bits):
+    """|g| = 1e-7: the step is lr * g / (|g| + eps) = 0.909 lr; eps before the bias correction would make it 0.24 lr."""
+    parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
+    parameters[0].grad = torch.full_like(parameters[0], 1e-7)
+    optimizer = MemoryEfficientAdamW(parameters, lr=1e-3, master_bits=master_bits, state_bits=state_bits)
+    optimizer.step()
+    gradient = parameters[0].grad[0].item()
+    expected = -1e-3 * gradient / (gradient + 1e-8)
+    assert optimizer.master_weights()[0].mean().item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+def test_results_do_not_depend_on_how_the_flat_states_are_cut(master_bits, state_bits):
+    results = []
+    for chunk_elements in (BLOCK, 5 * BLOCK, None):
+        torch.manual_seed(0)
+        parameters = make_parameters() + make_parameters(torch.float32)
+        optimizer = MemoryEfficientAdamW(parameters, lr=1e-2, master_bits=master_bits, state_bits=state_bits)
+        optimizer.chunk_elements = chunk_elements
+        steps(optimizer, parameters, 20)
+        results.append(parameters + tensors_of_parameters(optimizer, parameters))
+    assert same_bits(results[0], results[2]) and same_bits(results[1], results[2])
+
+
+def tensors_of_parameters(optimizer, parameters):
+    return [value for parameter in parameters for value in optimizer.state[parameter].values()]
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+def test_staging_through_two_buffers_changes_nothing(master_bits, state_bits):
+    """What `offload` does on CUDA, here without streams: the states pass through two small buffers, chunk by chunk."""
+    results = []
+    for staged in (False, True):
+        torch.manual_seed(0)
+        parameters = make_parameters()
+        optimizer = MemoryEfficientAdamW(parameters, 1e-2, master_bits=master_bits, state_bits=state_bits, offload=True)
+        optimizer.chunk_elements = 5 * BLOCK
+        assert not optimizer.shards[0][0].staged  # on a CPU the option is a no-op ...
+        optimizer.shards[0][0].staged = staged  # ... unless forced
+        steps(optimizer, parameters, 20)
+        results.append(parameters + tensors_of_parameters(optimizer, parameters))
+    assert same_bits(*results)
+
+
+# --- the master weight's encoding ---------------------------------------------------------------------------------
+
+
+def encode(bits, correction_dtype, dither=0):
+    """fp32 bits -> (bf16 bits as int32, correction)."""
+    bits, correction = bits.clone(), torch.empty(bits.shape, dtype=correction_dtype)
+    encode_master(correction, bits, torch.full_like(bits, dither))
+    return bits.to(torch.int16).to(torch.int32), correction
+
+
+PATTERNS = st.one_of(
+    st.integers(-(2**31), 2**31 - 1),
+    st.builds(lambda sign, exponent, mantissa: (sign << 31 | exponent << 23 | mantissa) - (sign << 32),
+              st.integers(0, 1), st.sampled_from([0, 1, 127, 253, 254]),
+              st.sampled_from([0, 1, 0x7F, 0x80, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7F8000, 0x7FFFFF])))
+
+
+@given(st.lists(PATTERNS, min_size=1, max_size=64))
+@settings(max_examples=200, deadline=None)
+def test_16_extra_bits_restore_every_finite_fp32_and_infinity(patterns):
+    bits = torch.tensor(patterns, dtype=torch.int32)
+    values = bits.view(torch.float32)
+    bits = bits[~values.isnan()]
+    values = values[~values.isnan()]
+    upper, correction = encode(bits, torch.int16)
+    weight = upper.to(torch.int16).view(torch.bfloat16)
+    nearest, tie = values.to(torch.bfloat16), (bits & 0xFFFF) == 0x8000
+    assert torch.equal(bits_of(weight[~tie]), bits_of(nearest[~tie]))
+    decode_master(correction, upper)
+    assert torch.equal(upper, bits)
+
+
+@given(st.lists(PATTERNS, min_size=1, max_size=64), st.integers(0, 255))
+@settings(max_examples=200, deadline=None)
+def test_8_extra_bits_restore_a_24_bit_master_and_round_within_one_unit(patterns, dither):
+    bits = torch.tensor(patterns, dtype=torch.int32)
+    bits = bits[~bits.view(torch.float32).isnan()]
+    upper, correction = encode(bits, torch.int8, dither)
+    decode_master(correction, upper)
+    error = upper.long() - bits.long()
+    assert ((error >= dither - 255) & (error <= dither)).all()
+    again, correction = encode(upper, torch.int8, dither)  # a 24-bit value is a fixed point, whatever the dither
+    decode_master(correction, again)
+    assert torch.equal(again, upper)
+
+
+def test_every_bf16_pattern_is_its_own_24_and_32_bit_master():
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    patterns = patterns[~patterns.view(torch.float32).isnan()]
+    for dtype in (torch.int16, torch.int8):
+        upper, correction = encode(patterns, dtype, dither=255)
+        assert torch.equal(upper << 16, patterns) and not correction.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int8])
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0x7F800001 | 0x8000, 0xFFC00000 - 2**32])
+def test_a_nan_master_is_a_nan_weight(dtype, pattern):
+    """0x7fffffff is the NaN that CUDA's arithmetic makes; rounding it up would give -0, a silent wrong weight."""
+    upper, _ = encode(torch.tensor([pattern], dtype=torch.int32), dtype, dither=255)
+    assert upper.to(torch.int16).view(torch.bfloat16).isnan().all()
+
+
+def test_the_24_bit_rounding_is_unbiased_over_256_dithers():
+    bits = torch.randint(2**20, 2**30, (1000,), dtype=torch.int32)
+    total = torch.zeros(1000, dtype=torch.int64)
+    for dither in range(256):
+        upper, correction = encode(bits, torch.int8, dither)
+        decode_master(correction, upper)
+        total += upper.long() - bits.long()
+    assert not total.any()
+
+
+# --- small states learn the same ----------------------------------------------------------------------------------
+
+
+TEXT = "the quick brown fox jumps over the lazy dog while five boxing wizards pack my liquor jugs quickly. " * 40
+
+
+class CharacterModel(nn.Module):
+    """Predicts a character from the eight before it."""
+
+    def __init__(self, alphabet):
+        super().__init__()
+        self.embedding = nn.Embedding(alphabet, 16)
+        self.hidden, self.head = nn.Linear(128, 96), nn.Linear(96, alphabet)
+
+    def forward(self, ids):  # [batch, 8] -> [batch, alphabet]
+        return self.head(torch.tanh(self.hidden(self.embedding(ids).flatten(1))))
+
+
+def final_loss(make_optimizer, dtype, steps=400):
+    """Mean loss of the last quarter of a short training on noisy text, in the model's own dtype's weights."""
+    torch.manual_seed(0)
+    alphabet = sorted(set(TEXT))
+    ids = torch.tensor([alphabet.index(character) for character in TEXT])
+    ids = torch.where(torch.rand(ids.shape) < 0.15, torch.randint(len(alphabet), ids.shape), ids)  # so loss stays > 0
+    windows = ids.unfold(0, 9, 1)  # [positions, 9]
+    model = CharacterModel(len(alphabet)).to(torch.bfloat16).to(dtype)
+    optimizer = make_optimizer(model.parameters())
+    generator, losses = torch.Generator().manual_seed(2), []
+    for _ in range(steps):
+        batch = windows[torch.randint(len(windows), (64,), generator=generator)]
+        loss = nn.functional.cross_entropy(model(batch[:, :8]).float(), batch[:, 8])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-steps // 4 :]) / (steps // 4)
+
+
+def test_24_8_reaches_the_loss_of_fp32_within_1_percent():
+    options = dict(lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01)
+    exact = final_loss(lambda p: torch.optim.AdamW(p, **options, fused=True), torch.float32)
+    small_states = final_loss(lambda p: MemoryEfficientAdamW(p, **options), torch.float32)
+    assert exact < 2.0
+    assert small_states == pytest.approx(exact, rel=0.01)
+    exact_in_bf16 = final_loss(
+        lambda p: MemoryEfficientAdamW(p, **options, master_bits=32, state_bits=32), torch.bfloat16)
+    for state_bits in (8, 16):
+        small = final_loss(lambda p, s=state_bits: MemoryEfficientAdamW(p, **options, state_bits=s), torch.bfloat16)
+        assert small == pytest.approx(exact_in_bf16, rel=0.01)
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+def test_at_lr_1e_6_the_masters_move_as_in_fp32_where_plain_bf16_stands_still(master_bits, state_bits):
+    start = torch.randn(20000) * 0.02
+    bf16 = nn.Parameter(start.to(torch.bfloat16))
+    plain, exact = nn.Parameter(bf16.detach().clone()), nn.Parameter(bf16.detach().float())
+    origin = exact.detach().clone()
+    ours = MemoryEfficientAdamW([bf16], lr=1e-6, master_bits=master_bits, state_bits=state_bits)
+    others = torch.optim.AdamW([plain], lr=1e-6, weight_decay=0), torch.optim.AdamW([exact], lr=1e-6, weight_decay=0)
+    drift = torch.randn(20000)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        bf16.grad = (drift + torch.randn(20000, generator=generator)).to(torch.bfloat16)
+        plain.grad, exact.grad = bf16.grad.clone(), bf16.grad.float()
+        for optimizer in (ours, *others):
+            optimizer.step()
+    moved = (ours.master_weights()[0] - origin).abs().mean()
+    expected = (exact.detach() - origin).abs().mean()
+    assert moved.item() == pytest.approx(expected.item(), rel=0.03)
+    assert (plain.detach().float() != origin).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("state_bits, tolerance", [(8, 0.05), (16, 0.02), (32, 1e-3)])
+def test_the_second_moment_decays_without_gradients(state_bits, tolerance):
+    """At beta2 = 0.999 a bf16 v rounded to nearest stands still: 0.1% is less than half of its unit."""
+    parameters = [nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))]
+    optimizer = MemoryEfficientAdamW(parameters, lr=0.0, state_bits=state_bits)
+    parameters[0].grad = torch.rand(2000).add(0.5).to(torch.bfloat16)
+    for _ in range(20):
+        optimizer.step()
+    before = decoded_variance(optimizer, parameters[0])
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    parameters[0].grad[::BLOCK] = 1.0  # an active element in every block: not only the scale must shrink
+    for _ in range(1000):
+        optimizer.step()
+    quiet = torch.arange(2000) % BLOCK != 0
+    ratio = (decoded_variance(optimizer, parameters[0]) / before)[quiet]
+    assert ratio.mean().item() == pytest.approx(0.999**1000, rel=tolerance)
+
+
+def decoded_variance(optimizer, parameter):
+    state = optimizer.state[parameter]
+    if "variance_scale" not in state:
+        return state["variance"].to(torch.float32, copy=True)
+    scale = state["variance_scale"].repeat_interleave(BLOCK)[: parameter.numel()]
+    return (state["variance"].float() * scale) ** 4
+
+
+@pytest.mark.parametrize("state_bits", [8, 16])
+def test_moments_are_unbiased_over_a_long_stationary_run(state_bits):
+    """Elements of one block over three decades of gradient scale: sqrt(v) agrees on average, and so does m."""
+    scale = torch.logspace(-3, 0, BLOCK).repeat(16)  # [n]
+    small, exact = [nn.Parameter(torch.zeros(16 * BLOCK)) for _ in range(2)]
+    ours = MemoryEfficientAdamW([small], lr=1e-3, betas=(0.9, 0.99), state_bits=state_bits)
+    theirs = torch.optim.AdamW([exact], lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
+    generator, sums = torch.Generator().manual_seed(3), torch.zeros(2, 16 * BLOCK)
+    for step in range(1500):
+        small.grad = torch.randn(16 * BLOCK, generator=generator) * scale + 0.5 * scale
+        exact.grad = small.grad.clone()
+        ours.step()
+        theirs.step()
+        if step >= 500:
+            sums += torch.stack([decoded_variance(ours, small).sqrt(), theirs.state[exact]["exp_avg_sq"].sqrt()])
+    ratio = (sums[0] / sums[1]).view(16, 8, BLOCK // 8).mean(dim=(0, 2))  # [8] by gradient scale
+    assert ratio[2:].sub(1).abs().max() < 0.03 and ratio.sub(1).abs().max() < 0.2
+    distance = (small.sum() / exact.sum()).item()
+    assert distance == pytest.approx(1, rel=0.02)
+
+
+def test_an_element_that_falls_silent_stops_moving():
+    """Its v shrinks to the last code beside a loud neighbour; an m stored on its own would then take huge steps."""
+    small, exact = [nn.Parameter(torch.zeros(BLOCK)) for _ in range(2)]
+    ours = MemoryEfficientAdamW([small], lr=1e-3)
+    theirs = torch.optim.AdamW([exact], lr=1e-3, weight_decay=0)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(600):
+        small.grad = torch.randn(BLOCK, generator=generator) * (1e-4 if step < 100 else 0.0)
+        small.grad[0] = 1e3 * torch.randn((), generator=generator)
+        exact.grad = small.grad.clone()
+        ours.step()
+        theirs.step()
+    assert (small - exact)[1:].abs().max() < 0.1  # 100 loud steps moved them by up to 0.03
+    at_rest = small.detach().clone()
+    for _ in range(100):
+        ours.step()
+    assert (small - at_rest)[1:].abs().max() < 1e-3
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+def test_24_8_takes_7_bytes_a_parameter_and_one_scale_a_block_for_each_moment():
+    parameters = make_parameters(shapes=[(256, 512), (1024,)])
+    optimizer = MemoryEfficientAdamW(parameters)
+    steps(optimizer, parameters, 1)
+    count = sum(parameter.numel() for parameter in parameters)
+    scales = sum(state[name].nbytes for state in optimizer.state.values() for name in state if name.endswith("_scale"))
+    states = sum(value.nbytes for state in optimizer.state.values() for name, value in state.items() if name != "step")
+    weights = sum(parameter.nbytes + parameter.grad.nbytes for parameter in parameters)
+    assert states == optimizer.state_bytes()["device"]
+    assert (weights + states - scales) / count == 7
+    assert scales / count == 8 / BLOCK
+    for shard in optimizer.shards[0]:
+        shard.staged = True  # accounting of offload: what remains on the device is the weight and its gradient
+    assert optimizer.state_bytes() == {"device": 0, "host": states} and weights / count <= 5
+
+
+@pytest.mark.parametrize("master_bits, state_bits, expected", [(32, 32, 10), (24, 16, 5), (32, 16, 6), (24, 32, 9)])
+def test_bytes_of_the_other_formats(master_bits, state_bits, expected):
+    parameter = nn.Parameter(torch.zeros(128, 128, dtype=torch.bfloat16))
+    optimizer = MemoryEfficientAdamW([parameter], master_bits=master_bits, state_bits=state_bits)
+    assert optimizer.state_bytes()["device"] == expected * parameter.numel()
+
+
+# --- a torch.optim.Optimizer --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_a_saved_and_loaded_optimizer_continues_bit_for_bit(tmp_path, form, master_bits, state_bits):
+    def build(parameters):
+        groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "lr": 1e-2}]
+        return MemoryEfficientAdamW(groups, lr=1e-3, master_bits=master_bits, state_bits=state_bits)
+
+    parameters = make_parameters() + make_parameters(torch.float32)
+    optimizer = build(parameters)
+    steps(optimizer, parameters, 7)
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    saved = optimizer.state_dict()
+    if form == "torch":
+        torch.save(saved, tmp_path / "optimizer.pt")
+        loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    else:
+        flat = {f"{key}.{name}": value for key, state in saved["state"].items() for name, value in state.items()}
+        save_file(flat, tmp_path / "optimizer.safetensors")
+        loaded = {"state": {key: {} for key in saved["state"]}, "param_groups": copy.deepcopy(saved["param_groups"])}
+        for key, value in load_file(tmp_path / "optimizer.safetensors").items():
+            loaded["state"][int(key.split(".")[0])][key.split(".")[1]] = value
+    restored = build(copies)
+    restored.param_groups[0]["lr"] = 99.0  # the saved hyperparameters win
+    restored.load_state_dict(loaded)
+    steps(optimizer, parameters, 7, seed=5)
+    steps(restored, copies, 7, seed=5)
+    assert same_bits(parameters, copies) and same_bits(tensors_in(optimizer), tensors_in(restored))
+
+
+def test_a_state_of_another_format_is_refused_and_nothing_is_changed():
+    parameters = make_parameters()
+    ours, other = MemoryEfficientAdamW(parameters), MemoryEfficientAdamW(parameters, state_bits=16)
+    steps(other, parameters, 2)
+    before = [value.clone() for value in tensors_in(ours)]
+    with pytest.raises(ValueError, match="state_bits"):
+        ours.load_state_dict(other.state_dict())
+    assert same_bits(before, tensors_in(ours))
+    with pytest.raises(ValueError, match="groups"):
+        ours.load_state_dict(MemoryEfficientAdamW(parameters[:2]).state_dict())
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+def test_a_parameter_without_gradient_keeps_weight_moments_and_step(master_bits, state_bits):
+    parameters = make_parameters()
+    optimizer = MemoryEfficientAdamW(parameters, weight_decay=0.1, master_bits=master_bits, state_bits=state_bits)
+    steps(optimizer, parameters, 3)
+    kept = [parameters[1], *optimizer.state[parameters[1]].values()]
+    before, moved = [value.detach().clone() for value in kept], parameters[3].detach().clone()
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(3):
+        set_gradients(parameters, generator)
+        parameters[1].grad = None
+        optimizer.step()
+    assert same_bits(kept, before) and not torch.equal(parameters[3], moved)
+    assert [optimizer.state[parameter]["step"].item() for parameter in parameters] == [6, 3, 6, 6, 6]
+    set_gradients(parameters, generator)
+    optimizer.step()  # and it comes back with its own step count
+    assert optimizer.state[parameters[1]]["step"].item() == 4
+
+
+def test_skipped_parameters_step_as_in_torch():
+    ours = make_parameters(torch.float32)
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    for parameters, make in ((ours, lambda p: MemoryEfficientAdamW(p, state_bits=32, weight_decay=0.01)),
+                             (theirs, lambda p: torch.optim.AdamW(p, fused=True))):
+        optimizer, generator = make(parameters), torch.Generator().manual_seed(1)
+        for step in range(30):
+            set_gradients(parameters, generator)
+            parameters[step % 5].grad = None
+            optimizer.step()
+    assert same_bits(ours, theirs)
+
+
+def test_groups_schedulers_closures_and_later_groups_as_in_torch():
+    def train(make, parameters):
+        optimizer = make([{"params": parameters[:2], "lr": 1e-2}, {"params": parameters[2:4], "weight_decay": 0.3}])
+        optimizer.add_param_group({"params": parameters[4:], "betas": (0.5, 0.9)})
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(((parameter - 1) ** 2).sum() for parameter in parameters)
+            loss.backward()
+            return loss
+
+        losses = []
+        for _ in range(20):
+            losses.append(optimizer.step(closure).item())
+            scheduler.step()
+        return losses
+
+    ours = make_parameters(torch.float32)
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    our_losses = train(lambda g: MemoryEfficientAdamW(g, weight_decay=0.01, state_bits=32), ours)
+    assert our_losses == train(lambda g: torch.optim.AdamW(g, weight_decay=0.01, fused=True), theirs)
+    assert our_losses[-1] < our_losses[0] and same_bits(ours, theirs)
+
+
+def test_a_parameter_whose_data_is_replaced_is_still_trained():
+    parameters = make_parameters(shapes=[(8, 8)])
+    optimizer = MemoryEfficientAdamW(parameters, lr=0.1)
+    steps(optimizer, parameters, 2)
+    parameters[0].data = parameters[0].data.clone()
+    before = parameters[0].detach().clone()
+    steps(optimizer, parameters, 1)
+    assert not torch.equal(parameters[0], before)
+
+
+def test_gradients_may_be_strided():
+    results = []
+    for strided in (False, True):
+        torch.manual_seed(0)
+        parameters = make_parameters(shapes=[(40, 30)]) + make_parameters(torch.float32, shapes=[(30, 20)])
+        optimizer = MemoryEfficientAdamW(parameters)
+        set_gradients(parameters, torch.Generator().manual_seed(1))
+        for parameter in parameters if strided else ():
+            parameter.grad = parameter.grad.t().contiguous().t()
+        optimizer.step()
+        results.append(parameters)
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_zero_tiny_and_huge_gradients_leave_everything_finite(scale, master_bits, state_bits):
+    parameters = make_parameters() + make_parameters(torch.float32)
+    optimizer = MemoryEfficientAdamW(parameters, lr=1e-3, master_bits=master_bits, state_bits=state_bits)
+    steps(optimizer, parameters, 3)
+    origin = optimizer.master_weights()
+    steps(optimizer, parameters, 5, scale=scale)
+    steps(optimizer, parameters, 20)
+    for before, after in zip(origin, optimizer.master_weights(), strict=True):
+        assert after.isfinite().all() and (after - before).abs().max() < 0.1  # at most about 4 lr a step
+
+
+def test_a_nan_gradient_is_seen_in_the_weight():
+    parameters = make_parameters(shapes=[(300,)])
+    optimizer = MemoryEfficientAdamW(parameters)
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    parameters[0].grad[5] = math.nan
+    optimizer.step()
+    assert parameters[0].isnan().nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(master_bits=16), "master_bits"), (dict(state_bits=4), "state_bits"), (dict(betas=(0.9, 1.0)), "beta2"),
+    (dict(lr=-1.0), "lr")])
+def test_bad_options_are_refused_by_name(bad, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryEfficientAdamW(make_parameters(), **bad)
+
+
+def test_parameters_it_can_not_step_are_refused():
+    for parameter in (nn.Parameter(torch.zeros(4, dtype=torch.float16)), nn.Parameter(torch.zeros(4, 3).t())):
+        with pytest.raises(ValueError, match="contiguous bfloat16 or float32"):
+            MemoryEfficientAdamW([parameter])
+
+
+@pytest.mark.parametrize("dtype, memory_efficient, expected", [
+    (torch.float32, False, torch.optim.AdamW), (torch.bfloat16, False, MemoryEfficientAdamW),
+    (torch.bfloat16, True, MemoryEfficientAdamW), (torch.float32, True, MemoryEfficientAdamW)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_build_optimizer(dtype, memory_efficient, expected, grouped):
+    parameters = make_parameters(dtype)
+    params = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.5}] if grouped else iter(parameters)
+    optimizer = build_optimizer(params, learning_rate=0.25, betas=[0.8, 0.9], weight_decay=0.1, offload=False,
+                                memory_efficient=memory_efficient, master_bits=24, state_bits=8)
+    assert type(optimizer) is expected
+    if isinstance(optimizer, MemoryEfficientAdamW):
+        exact = (optimizer.master_bits, optimizer.state_bits) == (32, 32)
+        assert exact == (not memory_efficient)
+    assert [group["lr"] for group in optimizer.param_groups] == ([0.25, 0.5] if grouped else [0.25])
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["weight_decay"] == 0.1
+    steps(optimizer, parameters, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
+def test_cuda_offload_equals_cuda_and_agrees_with_the_cpu(monkeypatch, master_bits, state_bits):
+    monkeypatch.setitem(optim.CHUNK_ELEMENTS, "cuda", 8 * BLOCK)
+    results = []
+    for device, offload in (("cpu", False), ("cuda", False), ("cuda", True)):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(parameter.detach().to(device)) for parameter in make_parameters()]
+        options = dict(lr=1e-2, master_bits=master_bits, state_bits=state_bits, offload=offload)
+        optimizer = MemoryEfficientAdamW(parameters, **options)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+            optimizer.step()
+        results.append([master.cpu() for master in optimizer.master_weights()])
+    assert same_bits(results[1], results[2])
+    for cpu, cuda in zip(results[0], results[1], strict=True):
+        torch.testing.assert_close(cpu, cuda, rtol=0.02, atol=0.02)

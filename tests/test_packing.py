@@ -1,0 +1,156 @@
+"""Packed, prefix-shared forward passes against the plain Hugging Face forward, one sequence at a time."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from src.packing import ATTENTION_NAME, Episode, Group, PackedAttention, pack, split_into_microbatches
+from src.rl_datasets import Problem
+from src.scoring import score
+
+SHAPE = dict(
+    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+    max_position_embeddings=128, initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "granite": GraniteConfig(**SHAPE, logits_scaling=3.0),
+}
+
+
+def make_pair(name: str):
+    """The same random weights twice: with the packed attention, and as transformers ships the model."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    packed = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME).eval()
+    packed.load_state_dict(plain.state_dict())
+    return packed, plain
+
+
+def make_groups(generator: torch.Generator, shapes: list[tuple[int, list[int]]]) -> list[Group]:
+    """Groups with prompts and completions of the given lengths and random tokens, rewards and advantages."""
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, SHAPE["vocab_size"], (length,), generator=generator).tolist())
+
+    groups = []
+    for index, (prompt_length, completion_lengths) in enumerate(shapes):
+        episodes = []
+        for length in completion_lengths:
+            advantage, weight = torch.randn(2, generator=generator).tolist()
+            logprobs = tuple((-3 * torch.rand(length, generator=generator)).tolist())
+            episodes.append(Episode(ids(length), logprobs, True, "", advantage=advantage, token_weight=weight))
+        groups.append(Group(Problem(index, ids(prompt_length), "", {}), tuple(episodes)))
+    return groups
+
+
+# ragged prompts, ragged completions within a group, a one-token completion, a one-token prompt
+RAGGED = [(5, [7, 1, 12, 3]), (9, [2, 2]), (1, [4, 30, 1])]
+
+
+def plain_logprobs(plain, group: Group, episode: Episode, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs of an episode's tokens from an ordinary forward over prompt + completion."""
+    prompt = group.problem.prompt_ids
+    logits = plain(torch.tensor([prompt + episode.token_ids]), use_cache=False).logits[0] / temperature
+    rows = torch.arange(len(prompt) - 1, len(prompt) + len(episode.token_ids) - 1)
+    return logits.log_softmax(-1)[rows, torch.tensor(episode.token_ids)]
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+def test_packed_logprobs_and_gradients_equal_the_plain_forward(name, chunk_tokens):
+    packed, plain = make_pair(name)
+    groups = make_groups(torch.Generator().manual_seed(1), RAGGED)
+    batch = pack(groups, "cpu", torch.float32)
+    scores = score(packed, batch, 0.7, chunk_tokens=chunk_tokens)
+    expected = torch.cat([plain_logprobs(plain, group, e, 0.7) for group in groups for e in group.episodes])
+    torch.testing.assert_close(scores.logprobs, expected, atol=1e-4, rtol=0)
+    weights = batch.token_weight[batch.episode_index]
+    (scores.logprobs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (parameter_name, a), b in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=parameter_name)
+
+
+def test_entropy_and_exact_kl_equal_the_textbook_formulas():
+    packed, plain = make_pair("llama")
+    anchor, plain_anchor = make_pair("llama")
+    for parameter, other in zip(anchor.parameters(), plain_anchor.parameters(), strict=True):
+        with torch.no_grad():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+            other.copy_(parameter)
+    groups = make_groups(torch.Generator().manual_seed(2), [(4, [6, 3])])
+    batch = pack(groups, "cpu", torch.float32)
+    rows = []
+    for episode in groups[0].episodes:
+        ids = torch.tensor([groups[0].problem.prompt_ids + episode.token_ids])
+        rows.append([model(ids).logits[0, 3:-1].log_softmax(-1) for model in (plain, plain_anchor)])
+    policy, reference = (torch.cat(column) for column in zip(*rows, strict=True))
+    for direction, p, q in (("reverse", policy, reference), ("forward", reference, policy)):
+        scores = score(packed, batch, 1.0, anchor, direction, chunk_tokens=4)
+        torch.testing.assert_close(scores.kl, (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores.entropy, -(policy.exp() * policy).sum(-1), atol=1e-5, rtol=1e-4)
+    chosen = reference.gather(1, batch.target_ids[:, None])[:, 0]
+    torch.testing.assert_close(scores.anchor_logprobs, chosen, atol=1e-4, rtol=0)
+
+
+def test_a_sibling_and_a_neighbour_group_do_not_leak():
+    packed, _ = make_pair("qwen2")
+    groups = make_groups(torch.Generator().manual_seed(3), RAGGED)
+    alone = score(packed, pack([replace(groups[0], episodes=groups[0].episodes[2:3])], "cpu", torch.float32), 1.0)
+    together = score(packed, pack(groups, "cpu", torch.float32), 1.0)
+    torch.testing.assert_close(together.logprobs[8:20], alone.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tiles_show_each_token_its_prompt_and_its_own_past_only(seed):
+    """Attention by tiles against a dense mask over the whole row, random segments."""
+    random = np.random.default_rng(seed)
+    segments, row = [], 0
+    for _ in range(random.integers(1, 5)):
+        prompt = (row, int(random.integers(1, 9)))
+        segments.append((*prompt, prompt[0], 0))
+        row += prompt[1]
+        for _ in range(random.integers(1, 6)):
+            length = int(random.integers(1, 14))
+            segments.append((row, length, *prompt))
+            row += length
+    plan = PackedAttention(*np.array(segments).T, "cpu", torch.float32)
+    visible = torch.zeros(row, row, dtype=torch.bool)
+    for start, length, prefix_start, prefix_length in segments:
+        visible[start : start + length, prefix_start : prefix_start + prefix_length] = True
+        visible[start : start + length, start : start + length] = torch.ones(length, length).tril().bool()
+    query, key, value = torch.randn(1, 4, row, 8), torch.randn(1, 2, row, 8), torch.randn(1, 2, row, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(plan.attend(0, query, key, value, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("max_tokens", [None, 1, 20, 45])
+def test_microbatches_hold_every_episode_once_in_order_and_keep_to_the_budget(size, max_tokens):
+    groups = make_groups(torch.Generator().manual_seed(4), RAGGED)
+    parts = list(split_into_microbatches(groups, size, max_tokens))
+    cut = [(piece.problem.index, e) for part in parts for piece in part for e in piece.episodes]
+    assert cut == [(g.problem.index, e) for g in groups for e in g.episodes]
+    for part in parts:
+        episodes = [e for piece in part for e in piece.episodes]
+        tokens = sum(len(piece.problem.prompt_ids) for piece in part) + sum(len(e.token_ids) for e in episodes)
+        assert len(episodes) == 1 or (tokens <= max_tokens if max_tokens else len(episodes) <= size)
+    whole = list(split_into_microbatches(groups, size, max_tokens, whole_groups=True))
+    assert [piece for part in whole for piece in part] == groups
+
+
+def test_what_the_attention_cannot_do_is_refused_by_name():
+    packed, _ = make_pair("llama")
+    with pytest.raises(ValueError, match="attention_plan"):
+        packed(torch.tensor([[1, 2, 3]]))
+    config = Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval()
+    with pytest.raises(NotImplementedError, match="attends to 4 tokens"):
+        score(model, pack(make_groups(torch.Generator().manual_seed(1), RAGGED), "cpu", torch.float32), 1.0)
