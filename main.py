@@ -7,9 +7,16 @@ from src.config import ConfigError, load_config
 from src.rl_datasets import TASKS
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is answered by one line instead of the whole usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Nothing heavy is imported before it and the config are known to be good."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file that defines the experiment")
     parser.add_argument("--dataset_name", required=True, choices=sorted(TASKS), help="task to train on")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
@@ -30,7 +37,9 @@ def main() -> int:
         else:
             run_training(config, arguments.dataset_name, fresh=arguments.fresh)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # what was found wrong after the file was read (device, model, data) does not say where it was written
+        file = "" if arguments.config in str(error) or str(error).startswith("--set") else f"{arguments.config}: "
+        print(f"error: {file}{error}", file=sys.stderr)
         return 2
     return 0
 

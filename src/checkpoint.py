@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -38,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_model_path(path: str) -> str:
-    """A local folder, as given or beside main.py; else the name is left to the hub."""
+    """A local folder, as given or beside main.py; else a name the hub knows, or that is in its local cache."""
     for candidate in (Path(path).expanduser(), PROJECT_FOLDER / path):
         if candidate.is_dir():
             if not (candidate / "config.json").is_file():
@@ -48,17 +49,27 @@ def resolve_model_path(path: str) -> str:
     is_hub_id = path.count("/") <= 1 and not path.startswith((".", "~", "/", "models/"))
     if not is_hub_id:
         raise ConfigError(f"model.pretrained_model_path: there is no folder {path}; give a folder or a hub id")
+    try:
+        if try_to_load_from_cache(path, "config.json") is None:
+            HfApi().model_info(path, timeout=10)  # asks once, where from_pretrained goes on asking for half a minute
+    except Exception as error:
+        raise cannot_load(path, error) from error
     return path
 
 
+def cannot_load(path: str, error: Exception) -> ConfigError:
+    """What the user reads when a model can not be had: what to do, and the first line of the library's reason."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    advice = "check that folder" if Path(path).is_dir() else "check the name and the network, or give a local folder"
+    return ConfigError(f"model.pretrained_model_path: {path} cannot be loaded; {advice} ({reason})")
+
+
 def from_hub_or_folder(loader, path: str, **options):
-    """loader.from_pretrained, its errors in one sentence."""
+    """loader.from_pretrained, its errors in one sentence: a damaged file can raise nearly anything."""
     try:
         return loader.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = "check that folder" if Path(path).is_dir() else "check the name and the network, or give a local folder"
-        raise ConfigError(f"model.pretrained_model_path: {path} cannot be loaded; {advice} ({reason})") from error
+    except Exception as error:
+        raise cannot_load(path, error) from error
 
 
 def load_tokenizer(config: Config):
@@ -74,10 +85,13 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
     for name in vars(model_config):  # dropout would make the sampler and the trainer two different policies
         if "dropout" in name and isinstance(getattr(model_config, name), float):
             setattr(model_config, name, 0.0)
-    model = from_hub_or_folder(
+    model, loading = from_hub_or_folder(
         AutoModelForCausalLM, path, config=model_config, dtype=getattr(torch, config.model.dtype),
-        attn_implementation=ATTENTION_NAME, trust_remote_code=config.model.trust_remote_code,
+        attn_implementation=ATTENTION_NAME, trust_remote_code=config.model.trust_remote_code, output_loading_info=True,
     )  # fmt: skip
+    if loading["missing_keys"]:  # transformers would fill them with random numbers
+        raise ConfigError(f"model.pretrained_model_path: {path} is incomplete; it has no weights for "
+                          f"{', '.join(sorted(loading['missing_keys'])[:3])}; get the folder again")  # fmt: skip
     return model.to(device).eval()
 
 

@@ -6,6 +6,7 @@ GRPO-mini format, whose files load unmodified.
 """
 
 import difflib
+import os
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -18,7 +19,10 @@ LOSS_TYPES = ("none", "kl", "approx_kl", "ot", "maxent", "listwise_kl")
 
 
 class ConfigError(ValueError):
-    """A sentence for the user: which file and key is wrong, and what to do. main.py prints it and exits with 2."""
+    """A line for the user: which file and key is wrong, and what to do. main.py prints it and exits with 2."""
+
+    def __init__(self, sentence: str):
+        super().__init__(" ".join(sentence.splitlines()))
 
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
@@ -117,8 +121,8 @@ class TrainingConfig:
     ot_eps: float = key(0.1, "Entropic regularisation of the transport.", above=0, read_by=("ot",))
     ot_iters: int = key(10, "Sinkhorn iterations.", minimum=1, read_by=("ot",))
     ot_debias: bool = key(True, "Sinkhorn divergence, zero at equality, in place of the raw transport cost.", read_by=("ot",))
-    ot_taper: bool = key(False, "Soften the edge of the band, which makes the divergence non-negative far from equality "
-                         "too.", read_by=("ot",))  # fmt: skip
+    ot_taper: bool = key(True, "Soften the edge of the band; with a hard edge the divergence can be negative, and lead "
+                         "away from the anchor (src/sinkhorn.py).", read_by=("ot",))  # fmt: skip
     ot_unroll: bool = key(False, "Differentiate through the iterations in place of the envelope theorem.", read_by=("ot",))
     ot_backend: str = key("band", "`pot`: the POT library, dense and slow, for checking.", choices=("band", "pot"),
                           read_by=("ot",))  # fmt: skip
@@ -148,7 +152,7 @@ class TrainingConfig:
                          "tau_target_entropy)^2 instead.", minimum=0, read_by=("maxent",))  # fmt: skip
     beta_kl_target: float | None = key(None, "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta "
                                        "stays.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))  # fmt: skip
-    beta_horizon: float = key(10.0, "Updates over which beta follows.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
+    beta_horizon: float = key(10.0, "Updates over which beta follows.", above=0.2, read_by=("kl", "approx_kl", "ot", "maxent"))
     beta_min: float = key(1e-4, "Smallest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
     beta_max: float = key(10.0, "Largest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
     # the optimizer
@@ -196,10 +200,14 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
         wanted = next(option for option in get_args(wanted) if option is not type(None))
     if get_origin(wanted) is list:
         items = value if isinstance(value, list) else [value]
+        if not items:
+            raise ConfigError(f"{where} must hold at least one value")
         return [convert(item, get_args(wanted)[0], where) for item in items]
     if wanted is bool and isinstance(value, bool):
         return value
     if wanted is str and isinstance(value, str):
+        return value
+    if wanted is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
@@ -229,10 +237,8 @@ def check_rules(value: Any, rules: Any, where: str) -> None:
                 raise ConfigError(f"{where} must be {words} {rules[rule]}, not {item}")
 
 
-def fill_section(section: str, given: Any, source: str) -> Any:
+def fill_section(section: str, given: dict, source: str) -> Any:
     """One section's dataclass from its YAML mapping."""
-    if not isinstance(given, dict):
-        raise ConfigError(f"{source}: {section} must be a list of `key: value` lines, not {given!r}")
     known: dict[str, Field] = {item.name: item for item in fields(SECTIONS[section])}
     values = {}
     for name, value in given.items():
@@ -240,6 +246,8 @@ def fill_section(section: str, given: Any, source: str) -> Any:
         if name not in known:
             raise ConfigError(f"{source}: {section}.{name} is not a key{suggest(str(name), list(known))}")
         where = f"{source}: {section}.{name}"
+        if name in values:
+            raise ConfigError(f"{where} is given twice, once by another name; remove one of them")
         values[name] = convert(value, known[name].type, where)
         check_rules(values[name], known[name].metadata, where)
     return SECTIONS[section](**values)
@@ -265,8 +273,9 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
         raise ConfigError(f"{source}: training.meta_lr needs training.tau_target_entropy, the entropy to steer to")
     if training.tau_min > training.tau_max or training.beta_min > training.beta_max:
         raise ConfigError(f"{source}: training.tau_min and beta_min must not exceed tau_max and beta_max")
-    if len(training.betas) != 2:
-        raise ConfigError(f"{source}: training.betas must be two numbers such as [0.9, 0.999], not {training.betas}")
+    if len(training.betas) != 2 or training.betas[1] == 0:
+        raise ConfigError(f"{source}: training.betas must be two numbers such as [0.9, 0.999], the second above 0, not "
+                          f"{training.betas}")  # fmt: skip
     for name in given.get("training", {}):
         name = ALIASES.get(name, name)
         read_by = unread_by(config, name)
@@ -283,14 +292,25 @@ def unread_by(config: Config, name: str) -> tuple[str, ...]:
     return () if config.training.loss_type in read_by else read_by
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice is an error instead of silently the last one's value."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [name.value for name, _ in node.value]
+        for index, (name, _) in enumerate(node.value):
+            if name.value in names[:index]:
+                raise yaml.YAMLError(f"{name.value} is given twice, again in line {name.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict:
     """The file's mapping, or a ConfigError that says what is wrong with it."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         near = sorted(str(file) for file in Path("configs").glob("*/*.yaml"))
         raise ConfigError(f"{path}: there is no such config file{suggest(path, near) if near else ''}")
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: bad UTF-8, a 13th month
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold the sections {', '.join(SECTIONS)}")
@@ -301,18 +321,21 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     """Read a YAML file, apply `section.key=value` overrides, check everything; ConfigError says what is wrong."""
     path = str(path)
     raw = read_yaml(path)
-    for section in raw:
+    given: dict[str, dict] = {}
+    for section, values in raw.items():
         if section not in SECTIONS:
             raise ConfigError(f"{path}: {section} is not a section{suggest(str(section), list(SECTIONS))}")
-    given = {section: dict(raw[section]) if isinstance(raw[section], dict) else raw[section] or {} for section in raw}
+        if not isinstance(values, dict | None):
+            raise ConfigError(f"{path}: {section} must be a list of `key: value` lines, not {values!r}")
+        given[section] = dict(values or {})
     for override in overrides:
         name, equals, text = override.partition("=")
         section, _, option = name.strip().partition(".")
         if not equals or section not in SECTIONS or not option:
             raise ConfigError(f"--set {override}: write it as section.key=value, for example training.learning_rate=1e-5")
         try:
-            given.setdefault(section, {})[option] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            given.setdefault(section, {})[option] = yaml.load(text, UniqueKeyLoader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {override}: the value cannot be read as YAML") from error
     config = Config(**{section: fill_section(section, given[section], path) for section in given}, source=path)
     check_combinations(config, given, path)

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from src.config import ConfigError, DataConfig, suggest
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -29,11 +31,15 @@ MAX_EXPRESSION_LENGTH = 200
 MAX_EXPRESSION_DEPTH = 20
 MAX_DIGITS = 6
 ANSWER_BLOCK = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)</answer>", re.DOTALL)
+# possessive (`*+`), because a pattern that backtracks needs minutes for 100 kB of blanks
 COMPLETION_FORMAT = re.compile(
-    r"\s*(?:<think>)?((?!</?think>|</?answer>).)*</think>\s*<answer>((?!</?think>|</?answer>).)*</answer>\s*", re.DOTALL
+    r"\s*+(?:<think>)?+(?:(?!</?think>|</?answer>).)*+</think>"
+    r"\s*+<answer>(?:(?!</?think>|</?answer>).)*+</answer>\s*+",
+    re.DOTALL,
 )
 EXPRESSION_TOKEN = re.compile(r"[ \n\t]*([0-9]+|[-+*/()])")
 MAX_GRADED_LENGTH = 100_000
+MAX_ATTEMPTS = 100_000
 
 
 class ExpressionError(ValueError):
@@ -190,14 +196,19 @@ class Countdown:
         size = data.train_size if split == "train" else data.eval_size
         generator = random.Random(f"countdown {split} {data.seed}")
         limit = max(100, 2 * data.number_max)
-        rows = []
+        rows, attempts = [], 0
         while len(rows) < size:
+            attempts += 1
+            if attempts > MAX_ATTEMPTS:  # since the last one found
+                raise ConfigError(f"data: {MAX_ATTEMPTS} attempts found no {split} problem of these num_numbers, "
+                                  f"number_max and target_max; raise number_max or target_max")  # fmt: skip
             numbers = [generator.randint(1, data.number_max) for _ in range(generator.choice(data.num_numbers))]
             if split_of(numbers) != split:
                 continue
             target = random_expression(generator, numbers, limit).value
             if 1 <= target <= data.target_max:
                 rows.append({"nums": numbers, "target": target})
+                attempts = 0
         return rows
 
     def messages(self, row: dict) -> list[dict]:
@@ -225,8 +236,6 @@ TASKS = {"countdown": Countdown}
 
 def get_task(name: str, data=None):
     """The task called `name`, with its data settings (defaults if not given)."""
-    from src.config import ConfigError, DataConfig, suggest
-
     if name not in TASKS:
         raise ConfigError(f"{name} is not a dataset{suggest(name, list(TASKS))}")
     return TASKS[name](DataConfig() if data is None else data)

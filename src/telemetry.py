@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -40,13 +41,15 @@ def keep_lines_through(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)  # a crash here must not lose the steps that are kept
 
 
 class Telemetry:
@@ -57,7 +60,7 @@ class Telemetry:
         configure_logging(run_folder / "training.log")
         keep_lines_through(run_folder / "metrics.jsonl", first_step - 1)
         self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(run_folder / "tb"), purge_step=first_step if first_step > 0 else None)
+        self.writer = SummaryWriter(str(run_folder / "tb"), purge_step=first_step)
         self.bar = tqdm(total=max_steps, initial=max(first_step - 1, 0), unit="step", disable=not sys.stdout.isatty(),
                         file=sys.stdout, dynamic_ncols=True)  # fmt: skip
         self.max_steps = max_steps

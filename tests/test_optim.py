@@ -97,7 +97,7 @@ def test_the_three_torch_implementations_differ_from_ours_only_by_rounding():
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_fp32_parameters_equal_torch_fused_to_the_bit(offload):
-    ours, theirs = make_parameters(torch.float32), None
+    ours = make_parameters(torch.float32)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     steps(MemoryEfficientAdamW(ours, weight_decay=0.01, state_bits=32, offload=offload), ours, 300)
     steps(torch.optim.AdamW(theirs, weight_decay=0.01, fused=True), theirs, 300)
@@ -358,6 +358,44 @@ def test_an_element_that_falls_silent_stops_moving():
     for _ in range(100):
         ours.step()
     assert (small - at_rest)[1:].abs().max() < 1e-3
+
+
+def test_the_first_moment_of_a_silent_element_decays_to_zero():
+    """Rounded to nearest, 0.9 * 4 would be 4 again: the element would drift for ever."""
+    parameter = nn.Parameter(torch.zeros(16 * BLOCK))
+    optimizer = MemoryEfficientAdamW([parameter], lr=1e-3)
+    loud = torch.arange(16 * BLOCK) % BLOCK == 0
+    for step in range(200):
+        parameter.grad = torch.where(loud | torch.tensor(step < 20), torch.ones(()), torch.zeros(()))
+        optimizer.step()
+    codes = optimizer.state[parameter]["momentum"].abs()
+    assert codes[loud].min() > 100 and codes[~loud].float().mean() < 0.05
+
+
+def test_the_unused_end_of_a_block_does_not_hold_up_its_scale():
+    parameter = nn.Parameter(torch.zeros(5))
+    optimizer = MemoryEfficientAdamW([parameter], lr=1e-3, betas=(0.9, 0.5))
+    for step in range(150):
+        parameter.grad = torch.full((5,), 1.0 if step < 10 else 1e-9)
+        optimizer.step()
+    deviation = decoded_variance(optimizer, parameter).sqrt()
+    assert deviation.tolist() == pytest.approx([1e-9] * 5, rel=0.05)
+
+
+@pytest.mark.parametrize("dither", [0.0, 0.5, 65535 / 65536])
+def test_8_bit_codes_err_by_less_than_one_and_never_wrap(dither):
+    momentum, deviation = torch.randn(2000 * BLOCK), torch.rand(2000 * BLOCK).add(0.01)
+    codes = {"momentum": torch.empty(momentum.shape, dtype=torch.int8), "momentum_scale": torch.empty(2000),
+             "variance": torch.empty(momentum.shape, dtype=torch.uint8), "variance_scale": torch.empty(2000)}
+    dithers = torch.full_like(momentum, dither), torch.full_like(momentum, dither)
+    scratch = torch.empty_like(momentum), torch.empty_like(momentum)
+    optim.encode_8bit(codes, momentum.clone(), deviation.square(), scratch, dithers, ratio_limit=1e3)
+    decoded_momentum, decoded = torch.empty_like(momentum), torch.empty_like(momentum)
+    optim.decode_8bit(codes, decoded_momentum, decoded)
+    unit = codes["variance_scale"].repeat_interleave(BLOCK)
+    assert ((decoded.sqrt().sqrt() - deviation.sqrt()).abs() / unit).max() < 1.001
+    unit = codes["momentum_scale"].repeat_interleave(BLOCK) * decoded.sqrt()
+    assert ((decoded_momentum - momentum).abs() / unit).max() < 1.001
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
