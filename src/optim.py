@@ -9,7 +9,7 @@ construction, and memory options change only how a number is stored between two 
   state 8  blocks of 128: v as 8 bits of v^(1/4), m as 8 linear bits of m / sqrt(v), an fp32 scale a block each
 
 Whatever is not exact is rounded with dither, never to nearest: at beta2 = 0.999 a moment changes by 0.1% a step,
-and at lr 1e-6 most weights by less than half a 24-bit unit, all of which rounding to nearest would discard for ever.
+and at lr 1e-6 a weight above 1/8 by less than half a 24-bit unit; rounding to nearest would discard both for ever.
 The dither is a Weyl sequence in time with a random phase for each element, so the errors of successive steps
 largely cancel, and there is no generator's state to save.
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # elements that share one 8-bit scale
-CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # multiples of BLOCK; scratch is 16 bytes an element, on a CPU in L2
+CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # multiples of BLOCK; 28 bytes of scratch each, on a CPU within L2
 PHASES = 2**16  # period of the dither's phases along a flat tensor
 LARGEST_BITS = 0x7FFF7E00  # above lie only NaNs that rounding up would carry into the sign bit
 LARGEST_ROOT = 4e9  # v^(1/4) just below fp32's maximum: an overflown v must not make its block's scale infinite

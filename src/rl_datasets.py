@@ -39,7 +39,7 @@ COMPLETION_FORMAT = re.compile(
 )
 EXPRESSION_TOKEN = re.compile(r"[ \n\t]*([0-9]+|[-+*/()])")
 MAX_GRADED_LENGTH = 100_000
-MAX_ATTEMPTS = 100_000
+MAX_ATTEMPTS = 20_000
 
 
 class ExpressionError(ValueError):
