@@ -4,18 +4,22 @@ A checkpoint is one folder, written beside its final name and then renamed, so t
 for a whole one. Data order and sampling are functions of (seed, step) and need no state of their own.
 """
 
+import logging
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from src.config import Config, ConfigError
+from src.config import Config, ConfigError, dump_config
 from src.packing import ATTENTION_NAME
 
+logger = logging.getLogger("grpo")
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -170,3 +174,41 @@ def load_checkpoint(folder: Path, model, optimizer) -> dict:
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state.pop("cuda_rng"))
     return state
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to stop after this step; a second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if self.number:
+            raise SystemExit(128 + number)
+        self.number = number
+        logger.info("stopping after this step; once more to stop at once")
+
+
+def set_aside(folder: Path) -> None:
+    """--fresh: the old run keeps its files under folder.1, folder.2, ..."""
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    logger.info(f"the old run is now {folder.name}.{number}")
+
+
+def check_same_experiment(folder: Path, config: Config) -> None:
+    """A run folder goes on only with the config it was made with; its length and intervals may change."""
+    if not (folder / "config.yaml").exists():
+        return
+    old, new = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text("utf-8"), dump_config(config)))
+    free = {"max_steps", "num_epochs", "eval_interval", "ckpt_save_interval", "keep_checkpoints", "device"}
+    for section in new:
+        for name in sorted(set(new[section]) | set(old.get(section, {}))):
+            before, now = old.get(section, {}).get(name), new[section].get(name)
+            if before != now and name not in free:
+                raise ConfigError(f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
+                                  f"use --fresh to start over, or another config file name")  # fmt: skip

@@ -5,8 +5,10 @@ import logging
 import math
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -80,8 +82,10 @@ class Telemetry:
         if self.bar.disable:
             seconds = metrics["time/rollout"] + metrics["time/update"]
             logger.info(
-                f"step {step}/{self.max_steps}  reward {reward:.3f}  answer {metrics.get('train/answer', math.nan):.3f}  "
-                f"kl {metrics.get('train/kl_k3', 0.0):.4f}  entropy {metrics['train/entropy']:.3f}  "
+                f"step {step}/{self.max_steps}  reward {reward:.3f}  "
+                f"answer {metrics.get('train/answer', math.nan):.3f}  "
+                + (f"kl {metrics['train/kl_k3']:.4f}  " if "train/kl_k3" in metrics else "")
+                + f"entropy {metrics['train/entropy']:.3f}  "
                 f"length {metrics['rollout/length']:.1f}  {speed:,.0f} tokens/s  {seconds:.2f} s"
             )
 
@@ -103,6 +107,28 @@ class Telemetry:
         self.bar.close()
         self.writer.close()
         self.metrics_file.close()
+
+
+class Means:
+    """Means over all elements of a step, of tensors that arrive micro-batch by micro-batch (or their min or max)."""
+
+    def __init__(self):
+        self.totals: dict[str, float] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, values: Tensor) -> None:
+        values = values.detach()
+        if name.endswith(("_min", "_max")):
+            chosen = min if name.endswith("_min") else max
+            value = float(getattr(values, name[-3:])())
+            self.totals[name] = chosen(self.totals.get(name, value), value)
+            self.counts[name] = 1
+        else:
+            self.totals[name] = self.totals.get(name, 0.0) + float(values.sum())
+            self.counts[name] += values.numel()
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.totals.items()}
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

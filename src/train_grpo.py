@@ -6,29 +6,36 @@ Read it from top to bottom. The records that travel (Problem, Episode, Group, Pa
 import logging
 import math
 import random
-import signal
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from src.checkpoint import (
-    end_token_ids, list_checkpoints, load_checkpoint, load_model, load_tokenizer, resolve_device, save_checkpoint,
+    StopSignal,
+    check_same_experiment,
+    end_token_ids,
+    list_checkpoints,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    save_checkpoint,
     save_model,
-)  # fmt: skip
+    set_aside,
+)
 from src.config import Config, ConfigError, TrainingConfig, dump_config
+from src.maxent import Controllers, ControllerSettings, seed_grpo_scale, semantic_entropy
 from src.optim import build_optimizer
 from src.packing import Group, pack, split_into_microbatches
-from src.maxent import Controllers, ControllerSettings, seed_grpo_scale, semantic_entropy
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
 from src.rl_datasets import Problem, get_task, last_answer, make_problems
 from src.sampler import SamplingSettings, rollout
 from src.scoring import score
-from src.telemetry import Telemetry, configure_logging, markdown_table
+from src.telemetry import Means, Telemetry, configure_logging, markdown_table
 
 logger = logging.getLogger("grpo")
 
@@ -123,7 +130,7 @@ def uncertainty_scale(groups: list[Group], alpha: float) -> Tensor:
 
 
 def add_loss_weights(groups: list[Group], training: TrainingConfig) -> list[Group]:
-    """One denominator for the whole update, before it is cut into micro-batches; episodes without weight are dropped."""
+    """One denominator for the whole update, before it is cut into micro-batches; skipped episodes are dropped."""
     kept = [
         replace(g, episodes=tuple(e for e in g.episodes if e.finished or not training.skip_unfinished_episodes))
         for g in groups
@@ -184,28 +191,6 @@ def loss_of_microbatch(run: Run, batch, training: TrainingConfig, on_policy: boo
     return loss, measured, parts | {"train/loss": loss}
 
 
-class Means:
-    """Means over all elements of a step, of tensors that arrive micro-batch by micro-batch (or their min or max)."""
-
-    def __init__(self):
-        self.totals: dict[str, float] = {}
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def add(self, name: str, values: Tensor) -> None:
-        values = values.detach()
-        if name.endswith(("_min", "_max")):
-            chosen = min if name.endswith("_min") else max
-            value = float(getattr(values, name[-3:])())
-            self.totals[name] = chosen(self.totals.get(name, value), value)
-            self.counts[name] = 1
-        else:
-            self.totals[name] = self.totals.get(name, 0.0) + float(values.sum())
-            self.counts[name] += values.numel()
-
-    def result(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.totals.items()}
-
-
 def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     """Optimizer steps on one rollout; returns means over all of its tokens."""
     training = replace(run.config.training, tau=run.controllers.tau, beta=run.controllers.beta)
@@ -252,13 +237,15 @@ def steer(run: Run, metrics: dict[str, float], step: int) -> dict[str, float]:
     if "maxent/weight_entropy" in metrics:
         measured = metrics["maxent/weight_entropy"]
         if training.meta_lr > 0:
-            slope = 2 * (measured - training.tau_target_entropy)
-            controllers.meta_step(slope * metrics["maxent/entropy_slope_tau"], slope * metrics["maxent/entropy_slope_beta"])
+            error = 2 * (measured - training.tau_target_entropy)
+            slopes = [error * metrics[f"maxent/entropy_slope_{name}"] for name in ("tau", "beta")]
+            controllers.meta_step(*slopes)
         else:
             controllers.update_tau(measured, step)
     if "train/kl_k3" in metrics:
         controllers.update_beta(metrics["train/kl_k3"])
-    return {"train/beta": controllers.beta} | ({"maxent/tau": controllers.tau} if training.loss_type == "maxent" else {})
+    live = {"train/beta": controllers.beta}
+    return live | {"maxent/tau": controllers.tau} if training.loss_type == "maxent" else live
 
 
 @torch.no_grad()
@@ -400,21 +387,6 @@ def prepare(config: Config, dataset_name: str) -> Run:
                controllers, max_steps, end_token_ids(model, tokenizer))  # fmt: skip
 
 
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to stop after this step; a second one stops at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        if self.number:
-            raise SystemExit(128 + number)
-        self.number = number
-        logger.info("stopping after this step; once more to stop at once")
-
-
 def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", fresh: bool = False) -> dict:
     """Train, or go on with a run that was interrupted. Returns the last evaluation; the run is in work_dir/runs/."""
     configure_logging()
@@ -495,29 +467,6 @@ def completions_table(groups: list[Group], shown: int = 8) -> str:
     """Prompts, completions and rewards of the first episodes, one of each group."""
     rows = [[g.problem.prompt_text, g.episodes[0].text, f"{g.episodes[0].reward:.2f}"] for g in groups[:shown]]
     return markdown_table(["prompt", "completion", "reward"], rows)
-
-
-def set_aside(folder: Path) -> None:
-    """--fresh: the old run keeps its files under folder.1, folder.2, ..."""
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.{number}"))
-    logger.info(f"the old run is now {folder.name}.{number}")
-
-
-def check_same_experiment(folder: Path, config: Config) -> None:
-    """A run folder goes on only with the config it was made with; its length and intervals may change."""
-    if not (folder / "config.yaml").exists():
-        return
-    old, new = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text("utf-8"), dump_config(config)))
-    free = {"max_steps", "num_epochs", "eval_interval", "ckpt_save_interval", "keep_checkpoints", "device"}
-    for section in new:
-        for name in sorted(set(new[section]) | set(old.get(section, {}))):
-            before, now = old.get(section, {}).get(name), new[section].get(name)
-            if before != now and name not in free:
-                raise ConfigError(f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
-                                  f"use --fresh to start over, or another config file name")  # fmt: skip
 
 
 def run_evaluation(config: Config, dataset_name: str) -> dict[str, float]:
