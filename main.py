@@ -41,6 +41,8 @@ def main() -> int:
         file = "" if arguments.config in str(error) or str(error).startswith("--set") else f"{arguments.config}: "
         print(f"error: {file}{error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step; afterwards the loop saves and exits by itself
+        return 130
     return 0
 
 

@@ -6,6 +6,7 @@ Read it from top to bottom. The records that travel (Problem, Episode, Group, Pa
 import logging
 import math
 import random
+import resource
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -196,7 +197,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     training = replace(run.config.training, tau=run.controllers.tau, beta=run.controllers.beta)
     penalty = PENALTIES[training.loss_type]
     updates = training.minibatches * training.inner_epochs
-    pulls = penalty.needs_anchor and training.beta > 0
+    pulls = penalty.needs_anchor and (training.beta > 0 or penalty.is_objective)
     use_anchor = pulls or step % (training.eval_interval or run.max_steps) == 0  # else only measured, now and then
     if updates > 1 and training.old_logprobs == "trainer":
         groups = add_old_logprobs(run, groups)
@@ -345,8 +346,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
         "rollout/tokens_per_second": tokens / seconds["time/rollout"],
         "update/tokens_per_second": tokens / seconds["time/update"],
     }
-    if run.model.device.type == "cuda":
-        metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    on_gpu = run.model.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    metrics["memory/peak_gib"] = peak / 2**30
     return metrics | seconds, groups
 
 
@@ -366,6 +368,9 @@ def prepare(config: Config, dataset_name: str) -> Run:
         if not problems[split]:
             raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len "
                               f"({training.max_prompt_len} tokens); raise it")  # fmt: skip
+    if training.anchor == "rollout" and training.minibatches * training.inner_epochs == 1 and training.loss_type != "none":
+        logger.warning("anchor: rollout with one update a rollout compares the policy with itself: the penalty has no "
+                       "gradient; use anchor: reference, or minibatches or inner_epochs above 1")  # fmt: skip
     model = load_model(config, device)
     anchor = load_model(config, device).requires_grad_(False)
     optimizer = build_optimizer(

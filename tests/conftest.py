@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import src  # noqa: F401  before torch: how its threads wait
+
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
