@@ -19,8 +19,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file that defines the experiment")
     parser.add_argument("--dataset_name", required=True, choices=sorted(TASKS), help="task to train on")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                        help="override a config key, for example training.learning_rate=1e-5; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override a config key, for example training.learning_rate=1e-5; repeatable",
+    )
     parser.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
     parser.add_argument("--eval_only", action="store_true", help="evaluate the model, train nothing, write nothing")
     return parser.parse_args(arguments)

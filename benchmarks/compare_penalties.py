@@ -39,29 +39,44 @@ def summarize(lines: list[dict]) -> dict[str, float]:
     first, last, steps = evaluations[0], evaluations[-1], lines[1:]
     seconds = [line["time/rollout"] + line["time/update"] for line in steps]
     return {
-        "sampled_start": first["eval/pass@1"], "sampled_end": last["eval/pass@1"],
+        "sampled_start": first["eval/pass@1"],
+        "sampled_end": last["eval/pass@1"],
         "sampled_best": max(line["eval/pass@1"] for line in evaluations),
-        "greedy_start": first["eval/greedy"], "greedy_end": last["eval/greedy"],
-        "pass8_start": first["eval/pass@8"], "pass8_end": last["eval/pass@8"],
-        "kl_end": last["train/kl_k3"], "entropy_end": mean(line["train/entropy"] for line in lines[-5:]),
-        "seconds_a_step": mean(seconds), "training_seconds": sum(seconds), "steps": len(steps),
-    }  # fmt: skip
+        "greedy_start": first["eval/greedy"],
+        "greedy_end": last["eval/greedy"],
+        "pass8_start": first["eval/pass@8"],
+        "pass8_end": last["eval/pass@8"],
+        "kl_end": last["train/kl_k3"],
+        "entropy_end": mean(line["train/entropy"] for line in lines[-5:]),
+        "seconds_a_step": mean(seconds),
+        "training_seconds": sum(seconds),
+        "steps": len(steps),
+    }
 
 
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown: mean and standard deviation over the seeds."""
+
     def cell(runs: list[dict], name: str, percent: bool = True) -> str:
         values = [run[name] for run in runs]
         spread = stdev(values) if len(values) > 1 else 0.0
         return f"{mean(values):.1%} +- {spread:.1%}" if percent else f"{mean(values):.3f} +- {spread:.3f}"
 
-    lines = ["| loss_type | sampled, before | sampled, after | sampled, best | greedy, before | greedy, after | "
-             "pass@8, after | KL to the reference | s a step | training s |", "|" + "---|" * 10]  # fmt: skip
+    lines = [
+        "| loss_type | sampled, before | sampled, after | sampled, best | greedy, before | greedy, after | "
+        "pass@8, after | KL to the reference | s a step | training s |",
+        "|" + "---|" * 10,
+    ]
     for name, runs in results.items():
-        cells = [cell(runs, key) for key in ("sampled_start", "sampled_end", "sampled_best", "greedy_start",
-                                             "greedy_end", "pass8_end")]  # fmt: skip
-        cells += [cell(runs, "kl_end", False), f"{mean(r['seconds_a_step'] for r in runs):.2f}",
-                  f"{mean(r['training_seconds'] for r in runs):.0f}"]  # fmt: skip
+        cells = [
+            cell(runs, key)
+            for key in ("sampled_start", "sampled_end", "sampled_best", "greedy_start", "greedy_end", "pass8_end")
+        ]
+        cells += [
+            cell(runs, "kl_end", False),
+            f"{mean(r['seconds_a_step'] for r in runs):.2f}",
+            f"{mean(r['training_seconds'] for r in runs):.0f}",
+        ]
         lines.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
     return "\n".join(lines)
 
@@ -80,7 +95,9 @@ def draw(curves: dict[str, list[list[dict]]], file: Path) -> None:
             steps = [line["step"] for line in runs[0] if key in line]
             columns = list(zip(*rows, strict=True))
             (line,) = axis.plot(steps, [mean(column) for column in columns], marker="o", markersize=3, label=name)
-            axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color())
+            axis.fill_between(
+                steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
+            )
         axis.set(title=f"held-out accuracy, {title}", xlabel="step")
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -102,8 +119,10 @@ def main() -> None:
     results, curves = {}, {}
     for seed in range(arguments.seeds):  # seed by seed, so that drift of the machine falls on all loss types alike
         for name in arguments.loss_types:
-            config = load_config(PROJECT / "configs" / "configs_tiny" / f"{CONFIGS[name]}.yaml",
-                                 [f"training.random_seed={seed}", *overrides])  # fmt: skip
+            config = load_config(
+                PROJECT / "configs" / "configs_tiny" / f"{CONFIGS[name]}.yaml",
+                [f"training.random_seed={seed}", *overrides],
+            )
             work = Path(arguments.output) / f"seed{seed}"
             run_training(config, "countdown", work)
             lines = read_metrics(work / "runs" / f"{CONFIGS[name]}_countdown")
@@ -112,11 +131,19 @@ def main() -> None:
     print(table(results))
     figure = Path(arguments.output) / "compare_penalties.png"
     draw(curves, figure)
-    print(json.dumps({
-        "benchmark": "compare_penalties", "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "quick": arguments.quick,
-        "figure": figure.name, "runs": results,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "compare_penalties",
+                "date": time.strftime("%Y-%m-%d"),
+                "torch": torch.__version__,
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                "quick": arguments.quick,
+                "figure": figure.name,
+                "runs": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"model.device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"model.device: {name} is not there; this machine has "
-                          f"{torch.cuda.device_count()} CUDA devices; use model.device: auto")  # fmt: skip
+        raise ConfigError(
+            f"model.device: {name} is not there; this machine has "
+            f"{torch.cuda.device_count()} CUDA devices; use model.device: auto"
+        )
     return device
 
 
@@ -47,8 +49,10 @@ def resolve_model_path(path: str) -> str:
     for candidate in (Path(path).expanduser(), PROJECT_FOLDER / path):
         if candidate.is_dir():
             if not (candidate / "config.json").is_file():
-                raise ConfigError(f"model.pretrained_model_path: {path} has no config.json, so it is not a model in "
-                                  f"Hugging Face format")  # fmt: skip
+                raise ConfigError(
+                    f"model.pretrained_model_path: {path} has no config.json, so it is not a model in "
+                    f"Hugging Face format"
+                )
             return str(candidate)
     is_hub_id = path.count("/") <= 1 and not path.startswith((".", "~", "/", "models/"))
     if not is_hub_id:
@@ -90,12 +94,19 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
         if "dropout" in name and isinstance(getattr(model_config, name), float):
             setattr(model_config, name, 0.0)
     model, loading = from_hub_or_folder(
-        AutoModelForCausalLM, path, config=model_config, dtype=getattr(torch, config.model.dtype),
-        attn_implementation=ATTENTION_NAME, trust_remote_code=config.model.trust_remote_code, output_loading_info=True,
-    )  # fmt: skip
+        AutoModelForCausalLM,
+        path,
+        config=model_config,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation=ATTENTION_NAME,
+        trust_remote_code=config.model.trust_remote_code,
+        output_loading_info=True,
+    )
     if loading["missing_keys"]:  # transformers would fill them with random numbers
-        raise ConfigError(f"model.pretrained_model_path: {path} is incomplete; it has no weights for "
-                          f"{', '.join(sorted(loading['missing_keys'])[:3])}; get the folder again")  # fmt: skip
+        raise ConfigError(
+            f"model.pretrained_model_path: {path} is incomplete; it has no weights for "
+            f"{', '.join(sorted(loading['missing_keys'])[:3])}; get the folder again"
+        )
     return model.to(device).eval()
 
 
@@ -210,5 +221,7 @@ def check_same_experiment(folder: Path, config: Config) -> None:
         for name in sorted(set(new[section]) | set(old.get(section, {}))):
             before, now = old.get(section, {}).get(name), new[section].get(name)
             if before != now and name not in free:
-                raise ConfigError(f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
-                                  f"use --fresh to start over, or another config file name")  # fmt: skip
+                raise ConfigError(
+                    f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
+                    f"use --fresh to start over, or another config file name"
+                )

@@ -1,6 +1,6 @@
 """The experiment, typed: every key with its default, range and meaning; strict YAML loading; nothing heavy imported.
 
-A key is one line below: `name: type = key(default, "what it does", ...)`. To add one, add a line, and read it somewhere.
+Keys are declared as `name: type = key(default, "what it does", ...)`. To add one, declare it, and read it somewhere.
 `read_by` names the loss types that read a key: giving it with another loss type is an error, except for the keys of the
 GRPO-mini format, whose files load unmodified.
 """
@@ -28,8 +28,10 @@ class ConfigError(ValueError):
 def key(default: Any, doc: str, **rules: Any) -> Any:
     """A config field. Rules: minimum, above, maximum, below (numbers), choices, read_by (loss types)."""
     metadata = {"doc": doc, **rules}
-    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(
-        default=default, metadata=metadata
+    return (
+        field(default_factory=lambda: list(default), metadata=metadata)
+        if isinstance(default, list)
+        else field(default=default, metadata=metadata)
     )
 
 
@@ -47,19 +49,27 @@ class ModelConfig:
 class DataConfig:
     """Problems to train on and to evaluate on."""
 
-    seed: int = key(0, "Seed of the built-in problem generator; separate from random_seed, so that runs with different "
-                    "seeds share their problems.", minimum=0)  # fmt: skip
+    seed: int = key(
+        0,
+        "Seed of the built-in problem generator; separate from random_seed, so that runs with different "
+        "seeds share their problems.",
+        minimum=0,
+    )
     train_size: int = key(8192, "Training problems to generate.", minimum=1)
     eval_size: int = key(256, "Held-out problems of the fixed evaluation set.", minimum=1)
-    eval_split: str = key("test", "Held-out split to evaluate on; choose settings on `validation`.",
-                          choices=("test", "validation"))  # fmt: skip
+    eval_split: str = key(
+        "test", "Held-out split to evaluate on; choose settings on `validation`.", choices=("test", "validation")
+    )
     eval_samples: int = key(8, "Completions sampled for each evaluation problem, for pass@1 and pass@k.", minimum=1)
-    num_numbers: list[int] = key([3, 4], "countdown: how many numbers a problem has; one of these at random.", minimum=2, maximum=6)
+    num_numbers: list[int] = key(
+        [3, 4], "countdown: how many numbers a problem has; one of these at random.", minimum=2, maximum=6
+    )
     number_max: int = key(99, "countdown: numbers are drawn from 1 to this.", minimum=2, maximum=9999)
     target_max: int = key(99, "countdown: targets are 1 to this.", minimum=1, maximum=9999)
     system_prompt: str | None = key(None, "System message in place of the task's own; an empty string for none.")
-    response_prefix: str | None = key(None, "What the answer must begin with, in place of the task's own; it is part of "
-                                      "the prompt.")  # fmt: skip
+    response_prefix: str | None = key(
+        None, "What the answer must begin with, in place of the task's own; it is part of the prompt."
+    )
 
 
 @dataclass
@@ -67,99 +77,193 @@ class TrainingConfig:
     """The loop: sizes of a step, sampling, the objective, the optimizer, and when to save and evaluate."""
 
     random_seed: int = key(1337, "Seed of sampling and of the order of the problems.", minimum=0)
-    max_steps: int | None = key(None, "Steps of the run; empty: num_epochs passes over the training problems.", minimum=1)
+    max_steps: int | None = key(
+        None, "Steps of the run; empty: num_epochs passes over the training problems.", minimum=1
+    )
     num_epochs: int = key(1, "Passes over the training problems when max_steps is empty.", minimum=1)
     batch_size: int = key(256, "Completions a step.", minimum=2)
-    num_questions_per_batch: int = key(32, "Prompts a step; a group is batch_size / num_questions_per_batch.", minimum=1)
-    max_prompt_len: int = key(256, "Longest prompt in tokens; a longer one is left out, with a count in the log.", minimum=1)
+    num_questions_per_batch: int = key(
+        32, "Prompts a step; a group is batch_size / num_questions_per_batch.", minimum=1
+    )
+    max_prompt_len: int = key(
+        256, "Longest prompt in tokens; a longer one is left out, with a count in the log.", minimum=1
+    )
     max_gen_len: int = key(1024, "Longest completion in tokens.", minimum=1)
     inference_batch_size: int = key(256, "Completions decoded at once (slots of the key-value cache).", minimum=1)
     temperature: float = key(1.0, "Sampling temperature; log-probs are those of the tempered distribution.", above=0)
     micro_batch_size: int = key(8, "Completions a forward and backward pass; never changes the result.", minimum=1)
-    max_tokens_per_microbatch: int | None = key(None, "Token budget of a pass, in place of micro_batch_size.", minimum=1)
+    max_tokens_per_microbatch: int | None = key(
+        None, "Token budget of a pass, in place of micro_batch_size.", minimum=1
+    )
     minibatches: int = key(1, "Optimizer steps a rollout is divided into.", minimum=1)
     inner_epochs: int = key(1, "Passes over a rollout.", minimum=1)
     skip_unfinished_episodes: bool = key(False, "Leave completions that hit max_gen_len out of the loss.")
     # the policy term
-    epsilon: float = key(0.2, "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).",
-                         minimum=0, below=1)  # fmt: skip
+    epsilon: float = key(
+        0.2, "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).", minimum=0, below=1
+    )
     epsilon_high: float | None = key(None, "Clip range upwards; empty: epsilon.", minimum=0)
-    delta: float | None = key(None, "Upper bound of the ratio also where the advantage is negative (two-sided clip, "
-                              "INTELLECT-2); empty: none.", above=1)  # fmt: skip
-    policy_loss: str = key("ppo", "`ppo`: clipped surrogate; `cispo`: the clipped ratio is a constant weight of the "
-                           "log-prob.", choices=("ppo", "cispo"))  # fmt: skip
-    importance_sampling_level: str = key("token", "One ratio a token (GRPO), or one a sequence, the geometric mean of "
-                                         "its tokens' (GSPO).", choices=("token", "sequence"))  # fmt: skip
-    importance_cap: float | None = key(None, "Tokens are weighed by min(trainer / sampler probability, this), which "
-                                       "corrects a sampler in lower precision; empty: off.", above=0)  # fmt: skip
-    loss_agg: str = key("token", "Mean over all tokens of the update (DAPO), over sequences of their token means (GRPO), "
-                        "or divided by the constant max_gen_len (Dr. GRPO).", choices=("token", "sequence", "constant"))  # fmt: skip
-    scale_rewards: str = key("group", "Advantages are divided by the standard deviation of the group or of the batch, or "
-                             "not at all.", choices=("group", "batch", "none"))  # fmt: skip
+    delta: float | None = key(
+        None,
+        "Upper bound of the ratio also where the advantage is negative (two-sided clip, INTELLECT-2); empty: none.",
+        above=1,
+    )
+    policy_loss: str = key(
+        "ppo",
+        "`ppo`: clipped surrogate; `cispo`: the clipped ratio is a constant weight of the log-prob.",
+        choices=("ppo", "cispo"),
+    )
+    importance_sampling_level: str = key(
+        "token",
+        "One ratio a token (GRPO), or one a sequence, the geometric mean of its tokens' (GSPO).",
+        choices=("token", "sequence"),
+    )
+    importance_cap: float | None = key(
+        None,
+        "Tokens are weighed by min(trainer / sampler probability, this), which "
+        "corrects a sampler in lower precision; empty: off.",
+        above=0,
+    )
+    loss_agg: str = key(
+        "token",
+        "Mean over all tokens of the update (DAPO), over sequences of their token means (GRPO), "
+        "or divided by the constant max_gen_len (Dr. GRPO).",
+        choices=("token", "sequence", "constant"),
+    )
+    scale_rewards: str = key(
+        "group",
+        "Advantages are divided by the standard deviation of the group or of the batch, or not at all.",
+        choices=("group", "batch", "none"),
+    )
     zero_truncated_rewards: bool = key(False, "A completion that hit max_gen_len gets reward 0.")
-    seed_grpo_alpha: float = key(0.0, "Scale a prompt's advantages by 1 / (1 + this / log G x semantic entropy) "
-                                 "(SEED-GRPO).", minimum=0, read_by=("none", "kl", "approx_kl", "ot"))  # fmt: skip
+    seed_grpo_alpha: float = key(
+        0.0,
+        "Scale a prompt's advantages by 1 / (1 + this / log G x semantic entropy) (SEED-GRPO).",
+        minimum=0,
+        read_by=("none", "kl", "approx_kl", "ot"),
+    )
     entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
-    old_logprobs: str = key("trainer", "With several updates a rollout: ratios against log-probs of an extra pass before the "
-                            "first update, or against the sampler's own.", choices=("trainer", "sampler"))  # fmt: skip
+    old_logprobs: str = key(
+        "trainer",
+        "With several updates a rollout: ratios against log-probs of an extra pass before the "
+        "first update, or against the sampler's own.",
+        choices=("trainer", "sampler"),
+    )
     # the penalty
-    loss_type: str = key("kl", "The penalty; maxent and listwise_kl take the place of the policy term instead.",
-                         choices=LOSS_TYPES)  # fmt: skip
-    beta: float = key(0.04, "Weight of the penalty; for maxent the weight of the reference in the closed form.", minimum=0)
-    anchor: str = key("reference", "What the penalty measures distance from: the initial policy, or the one that sampled.",
-                      choices=("reference", "rollout"))  # fmt: skip
-    reference_sync_steps: int = key(0, "Every so many steps the reference becomes the current policy; 0: never.", minimum=0)
-    kl_target: float = key(0.0, "The KL penalty counts only what a completion's mean exceeds this by, in nats a token.",
-                           minimum=0, read_by=("kl", "approx_kl"))  # fmt: skip
-    kl_direction: str = key("reverse", "`reverse`: KL(policy || other); `forward`: KL(other || policy). The other is the "
-                            "anchor, for listwise_kl the target.", choices=("reverse", "forward"),
-                            read_by=("kl", "listwise_kl"))  # fmt: skip
-    kl_estimator: str = key("k3", "Estimator of the KL from the sampled tokens.", choices=("k1", "k2", "k3"),
-                            read_by=("approx_kl",))  # fmt: skip
-    ot_target: float = key(0.0, "The OT penalty counts only what a completion exceeds this by.", minimum=0, read_by=("ot",))
+    loss_type: str = key(
+        "kl", "The penalty; maxent and listwise_kl take the place of the policy term instead.", choices=LOSS_TYPES
+    )
+    beta: float = key(
+        0.04, "Weight of the penalty; for maxent the weight of the reference in the closed form.", minimum=0
+    )
+    anchor: str = key(
+        "reference",
+        "What the penalty measures distance from: the initial policy, or the one that sampled.",
+        choices=("reference", "rollout"),
+    )
+    reference_sync_steps: int = key(
+        0, "Every so many steps the reference becomes the current policy; 0: never.", minimum=0
+    )
+    kl_target: float = key(
+        0.0,
+        "The KL penalty counts only what a completion's mean exceeds this by, in nats a token.",
+        minimum=0,
+        read_by=("kl", "approx_kl"),
+    )
+    kl_direction: str = key(
+        "reverse",
+        "`reverse`: KL(policy || other); `forward`: KL(other || policy). The other is the "
+        "anchor, for listwise_kl the target.",
+        choices=("reverse", "forward"),
+        read_by=("kl", "listwise_kl"),
+    )
+    kl_estimator: str = key(
+        "k3", "Estimator of the KL from the sampled tokens.", choices=("k1", "k2", "k3"), read_by=("approx_kl",)
+    )
+    ot_target: float = key(
+        0.0, "The OT penalty counts only what a completion exceeds this by.", minimum=0, read_by=("ot",)
+    )
     ot_window: int = key(16, "Half width of the band |i - j| of the transport.", minimum=1, read_by=("ot",))
     ot_eps: float = key(0.1, "Entropic regularisation of the transport.", above=0, read_by=("ot",))
     ot_iters: int = key(10, "Sinkhorn iterations.", minimum=1, read_by=("ot",))
-    ot_debias: bool = key(True, "Sinkhorn divergence, zero at equality, in place of the raw transport cost.", read_by=("ot",))
-    ot_taper: bool = key(True, "Soften the edge of the band; with a hard edge the divergence can be negative, and lead "
-                         "away from the anchor (src/sinkhorn.py).", read_by=("ot",))  # fmt: skip
-    ot_unroll: bool = key(False, "Differentiate through the iterations in place of the envelope theorem.", read_by=("ot",))
-    ot_backend: str = key("band", "`pot`: the POT library, dense and slow, for checking.", choices=("band", "pot"),
-                          read_by=("ot",))  # fmt: skip
-    q_temperature: float = key(0.1, "Temperature of the listwise target softmax(reward / this).", above=0,
-                               read_by=("maxent", "listwise_kl"))  # fmt: skip
-    q_epsilon: float = key(0.01, "Share of the uniform distribution in the listwise target.", minimum=0, maximum=1,
-                           read_by=("maxent", "listwise_kl"))  # fmt: skip
-    length_normalized: bool = key(True, "Sequence log-probs over a group are means a token (of the reference for maxent, "
-                                  "of the policy for listwise_kl), not sums.", read_by=("maxent", "listwise_kl"))  # fmt: skip
-    tau: float = key(0.1, "Weight of the entropy of the group weights; `.inf`: uniform weights.", minimum=0, read_by=("maxent",))
-    maxent_baseline: bool = key(True, "Weights minus 1 / G: worse than average completions are pushed down.",
-                                read_by=("maxent",))  # fmt: skip
-    maxent_clipped: bool = key(False, "The weights take the place of advantages in the clipped policy loss.",
-                               read_by=("maxent",))  # fmt: skip
+    ot_debias: bool = key(
+        True, "Sinkhorn divergence, zero at equality, in place of the raw transport cost.", read_by=("ot",)
+    )
+    ot_taper: bool = key(
+        True,
+        "Soften the edge of the band; with a hard edge the divergence can be negative, and lead "
+        "away from the anchor (src/sinkhorn.py).",
+        read_by=("ot",),
+    )
+    ot_unroll: bool = key(
+        False, "Differentiate through the iterations in place of the envelope theorem.", read_by=("ot",)
+    )
+    ot_backend: str = key(
+        "band", "`pot`: the POT library, dense and slow, for checking.", choices=("band", "pot"), read_by=("ot",)
+    )
+    q_temperature: float = key(
+        0.1, "Temperature of the listwise target softmax(reward / this).", above=0, read_by=("maxent", "listwise_kl")
+    )
+    q_epsilon: float = key(
+        0.01,
+        "Share of the uniform distribution in the listwise target.",
+        minimum=0,
+        maximum=1,
+        read_by=("maxent", "listwise_kl"),
+    )
+    length_normalized: bool = key(
+        True,
+        "Sequence log-probs over a group are means a token (of the reference for maxent, "
+        "of the policy for listwise_kl), not sums.",
+        read_by=("maxent", "listwise_kl"),
+    )
+    tau: float = key(
+        0.1, "Weight of the entropy of the group weights; `.inf`: uniform weights.", minimum=0, read_by=("maxent",)
+    )
+    maxent_baseline: bool = key(
+        True, "Weights minus 1 / G: worse than average completions are pushed down.", read_by=("maxent",)
+    )
+    maxent_clipped: bool = key(
+        False, "The weights take the place of advantages in the clipped policy loss.", read_by=("maxent",)
+    )
     maxent_token_counts: bool = key(False, "Weights divided by completion length.", read_by=("maxent",))
     # controllers
-    tau_target_entropy: float | None = key(None, "Weight entropy in nats that tau is steered to; empty: tau stays.",
-                                           minimum=0, read_by=("maxent",))  # fmt: skip
-    tau_target_entropy_start: float | None = key(None, "The target begins here and is annealed; empty: constant.",
-                                                 minimum=0, read_by=("maxent",))  # fmt: skip
+    tau_target_entropy: float | None = key(
+        None, "Weight entropy in nats that tau is steered to; empty: tau stays.", minimum=0, read_by=("maxent",)
+    )
+    tau_target_entropy_start: float | None = key(
+        None, "The target begins here and is annealed; empty: constant.", minimum=0, read_by=("maxent",)
+    )
     tau_target_anneal_steps: int = key(0, "Steps of that annealing.", minimum=0, read_by=("maxent",))
     tau_lr: float = key(0.05, "Step of the controller in log tau.", above=0, read_by=("maxent",))
     tau_min: float = key(1e-3, "Smallest tau.", above=0, read_by=("maxent",))
     tau_max: float = key(10.0, "Largest tau.", above=0, read_by=("maxent",))
     tau_warmup_steps: int = key(0, "Steps before tau moves.", minimum=0, read_by=("maxent",))
-    meta_lr: float = key(0.0, "Above 0: tau and beta follow the analytic gradient of (weight entropy - "
-                         "tau_target_entropy)^2 instead.", minimum=0, read_by=("maxent",))  # fmt: skip
-    beta_kl_target: float | None = key(None, "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta "
-                                       "stays.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))  # fmt: skip
-    beta_horizon: float = key(10.0, "Updates over which beta follows.", above=0.2, read_by=("kl", "approx_kl", "ot", "maxent"))
+    meta_lr: float = key(
+        0.0,
+        "Above 0: tau and beta follow the analytic gradient of (weight entropy - tau_target_entropy)^2 instead.",
+        minimum=0,
+        read_by=("maxent",),
+    )
+    beta_kl_target: float | None = key(
+        None,
+        "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta stays.",
+        above=0,
+        read_by=("kl", "approx_kl", "ot", "maxent"),
+    )
+    beta_horizon: float = key(
+        10.0, "Updates over which beta follows.", above=0.2, read_by=("kl", "approx_kl", "ot", "maxent")
+    )
     beta_min: float = key(1e-4, "Smallest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
     beta_max: float = key(10.0, "Largest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
     # the optimizer
     learning_rate: float = key(1e-6, "Peak learning rate.", above=0)
     warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
-    lr_schedule: str = key("constant", "After the warm-up: constant, or linear or cosine decay to zero at the last step.",
-                           choices=("constant", "linear", "cosine"))  # fmt: skip
+    lr_schedule: str = key(
+        "constant",
+        "After the warm-up: constant, or linear or cosine decay to zero at the last step.",
+        choices=("constant", "linear", "cosine"),
+    )
     betas: list[float] = key([0.9, 0.999], "Adam's decay rates.", minimum=0, below=1)
     adam_eps: float = key(1e-8, "Adam's epsilon.", above=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", minimum=0)
@@ -230,9 +334,11 @@ def check_rules(value: Any, rules: Any, where: str) -> None:
         if "choices" in rules and item not in rules["choices"]:
             raise ConfigError(f"{where}: {item!r} is not known{suggest(str(item), list(rules['choices']))}")
         for rule, wrong, words in (
-            ("minimum", lambda a, b: a < b, "at least"), ("above", lambda a, b: a <= b, "greater than"),
-            ("maximum", lambda a, b: a > b, "at most"), ("below", lambda a, b: a >= b, "less than"),
-        ):  # fmt: skip
+            ("minimum", lambda a, b: a < b, "at least"),
+            ("above", lambda a, b: a <= b, "greater than"),
+            ("maximum", lambda a, b: a > b, "at most"),
+            ("below", lambda a, b: a >= b, "less than"),
+        ):
             if rule in rules and wrong(item, rules[rule]):
                 raise ConfigError(f"{where} must be {words} {rules[rule]}, not {item}")
 
@@ -259,8 +365,8 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
     questions, size = training.num_questions_per_batch, training.batch_size
     if size % questions or size // questions < 2:
         raise ConfigError(
-            f"{source}: training.batch_size ({size}) must be a multiple of num_questions_per_batch ({questions}) and at "
-            f"least twice as large; set batch_size to num_questions_per_batch x group size"
+            f"{source}: training.batch_size ({size}) must be a multiple of num_questions_per_batch ({questions}) and "
+            f"at least twice as large; set batch_size to num_questions_per_batch x group size"
         )
     if questions % training.minibatches:
         raise ConfigError(
@@ -274,8 +380,10 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
     if training.tau_min > training.tau_max or training.beta_min > training.beta_max:
         raise ConfigError(f"{source}: training.tau_min and beta_min must not exceed tau_max and beta_max")
     if len(training.betas) != 2 or training.betas[1] == 0:
-        raise ConfigError(f"{source}: training.betas must be two numbers such as [0.9, 0.999], the second above 0, not "
-                          f"{training.betas}")  # fmt: skip
+        raise ConfigError(
+            f"{source}: training.betas must be two numbers such as [0.9, 0.999], the second above 0, not "
+            f"{training.betas}"
+        )
     for name in given.get("training", {}):
         name = ALIASES.get(name, name)
         read_by = unread_by(config, name)
@@ -332,7 +440,9 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         name, equals, text = override.partition("=")
         section, _, option = name.strip().partition(".")
         if not equals or section not in SECTIONS or not option:
-            raise ConfigError(f"--set {override}: write it as section.key=value, for example training.learning_rate=1e-5")
+            raise ConfigError(
+                f"--set {override}: write it as section.key=value, for example training.learning_rate=1e-5"
+            )
         try:
             given.setdefault(section, {})[option] = yaml.load(text, UniqueKeyLoader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ NUMBER_MAX, TARGET_MAX, LIMIT = 20, 99, 100
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|unknown|>", "<|user|>", "<|assistant|>"]
 TEXT_TOKENS = ["<think>", "</think>", "<answer>", "</answer>", "\n", " ", "(", ")"]
 TEXT_TOKENS += [f" {operator} " for operator in "+-*/="] + [", "]
-# The chat template reads the fields of `problem`, which the loop passes to every template, not the English of the message.
+# The chat template reads the fields of `problem`, which the loop passes to every template, not the English message.
 CHAT_TEMPLATE = "<|user|>{{ problem.nums | join(' ') }} = {{ problem.target }}<|assistant|>"
 
 
@@ -39,10 +39,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<|unknown|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=128,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        unk_token="<|unknown|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
 
 
 def demonstration(generator: random.Random, solution_share: float) -> tuple[list[int], int, str]:
@@ -64,7 +69,9 @@ def demonstration(generator: random.Random, solution_share: float) -> tuple[list
 def demonstration_batch(generator, tokenizer, batch_size, solution_share) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded token ids [batch, time] and labels, -100 where nothing is learned (prompt and padding)."""
     demonstrations = [demonstration(generator, solution_share) for _ in range(batch_size)]
-    prompts = [f"<|user|>{' '.join(map(str, numbers))} = {target}<|assistant|>" for numbers, target, _ in demonstrations]
+    prompts = [
+        f"<|user|>{' '.join(map(str, numbers))} = {target}<|assistant|>" for numbers, target, _ in demonstrations
+    ]
     prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids
     completion_ids = tokenizer([text for _, _, text in demonstrations], add_special_tokens=False).input_ids
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
@@ -101,8 +108,9 @@ def train_stage(model, tokenizer, generator, steps, batch_size, learning_rate, f
 @torch.inference_mode()
 def accuracy(model, tokenizer, split: str, problems: int = 256, samples: int = 4) -> dict[str, float]:
     """Greedy and sampled (temperature 1) accuracy on a held-out split, by transformers' own generate."""
-    data = SimpleNamespace(seed=0, eval_size=problems, train_size=problems, number_max=NUMBER_MAX,
-                           target_max=TARGET_MAX, num_numbers=[3])  # fmt: skip
+    data = SimpleNamespace(
+        seed=0, eval_size=problems, train_size=problems, number_max=NUMBER_MAX, target_max=TARGET_MAX, num_numbers=[3]
+    )
     task = Countdown(data)
     rows = task.load(split)
     result = {}
@@ -110,8 +118,14 @@ def accuracy(model, tokenizer, split: str, problems: int = 256, samples: int = 4
         tokenizer.padding_side = "left"
         prompts = [tokenizer.apply_chat_template(task.messages(row), tokenize=False, problem=row) for row in rows]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        output = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=sample,
-                                top_k=0, num_return_sequences=count, max_new_tokens=48)  # fmt: skip
+        output = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            do_sample=sample,
+            top_k=0,
+            num_return_sequences=count,
+            max_new_tokens=48,
+        )
         texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
         scores = [task.reward(text, rows[index // count]) for index, text in enumerate(texts)]
         result[name] = sum(score["answer"] for score in scores) / len(scores)
@@ -136,11 +150,18 @@ def main() -> None:
     generator = random.Random(arguments.seed)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=arguments.hidden, num_hidden_layers=arguments.layers,
-        num_attention_heads=4, num_key_value_heads=4, intermediate_size=3 * arguments.hidden,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=3 * arguments.hidden,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     if arguments.start_from:
         model = LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=torch.float32)
     else:

@@ -68,8 +68,12 @@ class Workspace:
         key = tuple(layout.items())
         if key not in self.slots:
             self.slots[key] = [
-                {name: torch.zeros(self.size // per, dtype=dtype, device=self.device)
-                 for name, (dtype, per) in layout.items()} for _ in range(2)]
+                {
+                    name: torch.zeros(self.size // per, dtype=dtype, device=self.device)
+                    for name, (dtype, per) in layout.items()
+                }
+                for _ in range(2)
+            ]
         return self.slots[key][parity]
 
 
@@ -99,7 +103,8 @@ class Chunk:
         self.dither_variance = work.dither(moments, start, stop, 2)  # [n]
         self.master_pieces, self.bits_pieces, self.gradient_pieces, self.momentum_pieces, self.variance_pieces = (
             [whole[place] for place in places]
-            for whole in (self.master, self.bits, self.gradient, self.momentum, self.variance))
+            for whole in (self.master, self.bits, self.gradient, self.momentum, self.variance)
+        )
         self.tails = [self.variance[place.stop : place.start + padded(place.stop - place.start)] for place in places]
         self.tails = [tail for tail in self.tails if tail.numel()]
         flat = [shard.parameters[index].detach().view(-1)[first:last] for index, first, last in pieces]
@@ -123,8 +128,9 @@ class Shard:
         self.staged = offload and self.device.type == "cuda"
         # One allocation a state: torch rounds pinned ones up to a power of two, so this may cost host memory.
         home = {"device": "cpu", "pin_memory": True} if self.staged else {"device": self.device}
-        self.states = {name: torch.zeros(self.total // per, dtype=dtype, **home)
-                       for name, (dtype, per) in layout.items()}
+        self.states = {
+            name: torch.zeros(self.total // per, dtype=dtype, **home) for name, (dtype, per) in layout.items()
+        }
         self.steps = torch.zeros(len(parameters), device=self.device)  # [parameters]
         self.active = torch.zeros(len(parameters), device=self.device)  # [parameters] 1 where there is a gradient
         self.addresses: tuple[int, ...] = ()
@@ -134,8 +140,10 @@ class Shard:
     def state_of(self, index: int) -> dict[str, Tensor]:
         """Views of one parameter's states, for `optimizer.state` and hence for `state_dict`."""
         start, count = self.starts[index], self.parameters[index].numel()
-        views = {name: self.states[name][start // per : start // per + -(-count // per)]
-                 for name, (_, per) in self.layout.items()}
+        views = {
+            name: self.states[name][start // per : start // per + -(-count // per)]
+            for name, (_, per) in self.layout.items()
+        }
         return {"step": self.steps[index], **views}
 
     def plan(self, addresses: tuple[int, ...], work: Workspace) -> None:
@@ -200,8 +208,14 @@ def decode_8bit(states: dict[str, Tensor], momentum: Tensor, variance: Tensor) -
     variance.square_()
 
 
-def encode_8bit(states: dict[str, Tensor], momentum: Tensor, variance: Tensor, scratch: tuple[Tensor, Tensor],
-                dithers: tuple[Tensor, Tensor], ratio_limit: float) -> None:
+def encode_8bit(
+    states: dict[str, Tensor],
+    momentum: Tensor,
+    variance: Tensor,
+    scratch: tuple[Tensor, Tensor],
+    dithers: tuple[Tensor, Tensor],
+    ratio_limit: float,
+) -> None:
     """The inverse; destroys momentum and variance. Codes of v start at 1: sqrt(v) = 0 would lose m with it."""
     integers, magnitude = scratch[0].view(torch.int32), scratch[1]  # [n] each
     root, root_scale = variance.sqrt_().sqrt_().clamp_(max=LARGEST_ROOT), states["variance_scale"]
@@ -226,8 +240,17 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
     `offload` keeps the states in pinned host memory and streams them through the GPU; on a CPU it changes nothing.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                 master_bits=24, state_bits=8, offload=False):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        master_bits=24,
+        state_bits=8,
+        offload=False,
+    ):
         if master_bits not in (24, 32) or state_bits not in (8, 16, 32):
             raise ValueError(f"master_bits is 24 or 32 and state_bits 8, 16 or 32, not {master_bits} and {state_bits}")
         self.master_bits, self.state_bits, self.offload = master_bits, state_bits, offload
@@ -260,8 +283,12 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         if dtype == torch.bfloat16:
             layout["correction"] = (torch.int16 if self.master_bits == 32 else torch.int8, 1)
         if self.state_bits == 8:
-            layout |= {"momentum": (torch.int8, 1), "momentum_scale": (torch.float32, BLOCK),
-                       "variance": (torch.uint8, 1), "variance_scale": (torch.float32, BLOCK)}
+            layout |= {
+                "momentum": (torch.int8, 1),
+                "momentum_scale": (torch.float32, BLOCK),
+                "variance": (torch.uint8, 1),
+                "variance_scale": (torch.float32, BLOCK),
+            }
         else:
             moment = torch.bfloat16 if self.state_bits == 16 else torch.float32
             layout |= {"momentum": (moment, 1), "variance": (moment, 1)}
@@ -314,8 +341,10 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
             for name, state in self.state[parameter].items():
                 saved = saved_states.get(key, {}).get(name)
                 if saved is None or saved.shape != state.shape or saved.dtype != state.dtype:
-                    raise ValueError(f"saved state {key}.{name} does not fit: were master_bits, state_bits and the "
-                                     "parameters' dtypes the same when it was saved?")
+                    raise ValueError(
+                        f"saved state {key}.{name} does not fit: were master_bits, state_bits and the "
+                        "parameters' dtypes the same when it was saved?"
+                    )
                 pairs.append((state, saved))
         for state, saved in pairs:
             state.copy_(saved)
@@ -396,16 +425,34 @@ def step_chunk(group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
         chunk.momentum.copy_(states["momentum"])
         chunk.variance.copy_(states["variance"])
     torch._fused_adamw_(
-        weights, gradients, chunk.momentum_pieces, chunk.variance_pieces, [], chunk.steps, lr=float(group["lr"]),
-        beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
+        weights,
+        gradients,
+        chunk.momentum_pieces,
+        chunk.variance_pieces,
+        [],
+        chunk.steps,
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
     if "correction" in states:
         encode_master(states["correction"], chunk.bits, chunk.dither_master)
         torch._foreach_copy_(chunk.weights, chunk.bits_pieces)
     if "momentum_scale" in states:
         if chunk.tails:
             torch._foreach_zero_(chunk.tails)  # a block's unused end must not hold up its scale
-        encode_8bit(states, chunk.momentum, chunk.variance, (chunk.master, chunk.gradient),
-                    (chunk.dither_variance, chunk.dither_momentum), ratio_limit(beta1, beta2))
+        encode_8bit(
+            states,
+            chunk.momentum,
+            chunk.variance,
+            (chunk.master, chunk.gradient),
+            (chunk.dither_variance, chunk.dither_momentum),
+            ratio_limit(beta1, beta2),
+        )
     elif chunk.momentum is not states["momentum"]:
         encode_bf16(states["momentum"], chunk.momentum, chunk.dither_momentum)
         encode_bf16(states["variance"], chunk.variance, chunk.dither_variance)
@@ -420,16 +467,21 @@ def check_group(group: dict) -> None:
     """Refuse what the flat layout or AdamW can not step, by name."""
     beta1, beta2 = group["betas"]
     if not (0 <= beta1 < 1 and 0 < beta2 < 1 and group["eps"] > 0 and group["lr"] >= 0 and group["weight_decay"] >= 0):
-        raise ValueError(f"AdamW needs 0 <= beta1 < 1, 0 < beta2 < 1, eps > 0, lr >= 0 and weight_decay >= 0, not "
-                         f"{ {name: value for name, value in group.items() if name != 'params'} }")
+        raise ValueError(
+            f"AdamW needs 0 <= beta1 < 1, 0 < beta2 < 1, eps > 0, lr >= 0 and weight_decay >= 0, not "
+            f"{ {name: value for name, value in group.items() if name != 'params'} }"
+        )
     for parameter in group["params"]:
         if parameter.dtype not in (torch.bfloat16, torch.float32) or not parameter.is_contiguous():
-            raise ValueError(f"MemoryEfficientAdamW needs contiguous bfloat16 or float32 parameters, not a "
-                             f"{parameter.dtype} of shape {tuple(parameter.shape)} and stride {parameter.stride()}")
+            raise ValueError(
+                f"MemoryEfficientAdamW needs contiguous bfloat16 or float32 parameters, not a "
+                f"{parameter.dtype} of shape {tuple(parameter.shape)} and stride {parameter.stride()}"
+            )
 
 
-def build_optimizer(params, *, learning_rate, betas, eps=1e-8, weight_decay, memory_efficient, master_bits, state_bits,
-                    offload) -> torch.optim.Optimizer:
+def build_optimizer(
+    params, *, learning_rate, betas, eps=1e-8, weight_decay, memory_efficient, master_bits, state_bits, offload
+) -> torch.optim.Optimizer:
     """MemoryEfficientAdamW as configured, or else exact AdamW: torch's fused one on fp32 master weights.
 
     With a bf16 parameter the exact one is MemoryEfficientAdamW with 32/32 bits: torch's fused kernel on exact fp32

@@ -86,13 +86,22 @@ class Tile:
 class PackedAttention:
     """Who sees whom in a packed row. Segments are contiguous and cover the row; each may have a prefix to look at."""
 
-    def __init__(self, starts: np.ndarray, lengths: np.ndarray, prefix_starts: np.ndarray, prefix_lengths: np.ndarray,
-                 device: torch.device | str, dtype: torch.dtype):  # fmt: skip
+    def __init__(
+        self,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        prefix_starts: np.ndarray,
+        prefix_lengths: np.ndarray,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
         self.longest = int((lengths + prefix_lengths).max())
         self.use_varlen = torch.device(device).type == "cuda" and varlen_attn is not None and dtype != torch.float32
         if self.use_varlen:
-            keys = [np.r_[p : p + m, s : s + n] for s, n, p, m in
-                    zip(starts, lengths, prefix_starts, prefix_lengths, strict=True)]  # fmt: skip
+            keys = [
+                np.r_[p : p + m, s : s + n]
+                for s, n, p, m in zip(starts, lengths, prefix_starts, prefix_lengths, strict=True)
+            ]
             self.key_index = torch.from_numpy(np.concatenate(keys)).to(device)
             self.cumulative_queries = cumulative(lengths, device)  # [S + 1]
             self.cumulative_keys = cumulative(lengths + prefix_lengths, device)  # [S + 1]
@@ -104,10 +113,14 @@ class PackedAttention:
             if len(chosen):
                 tile, rows = build_tile(starts[chosen], lengths[chosen], prefix_starts[chosen], prefix_lengths[chosen])
                 order.append(rows)
-                self.tiles.append(replace(
-                    tile, query_index=tile.query_index.to(device), key_index=tile.key_index.to(device),
-                    mask=tile.mask.to(device, dtype),
-                ))  # fmt: skip
+                self.tiles.append(
+                    replace(
+                        tile,
+                        query_index=tile.query_index.to(device),
+                        key_index=tile.key_index.to(device),
+                        mask=tile.mask.to(device, dtype),
+                    )
+                )
         rows = np.concatenate(order)  # [tile rows] place in the row of tokens, -1 for padding
         real = np.flatnonzero(rows >= 0)
         output_index = np.empty(len(real), dtype=np.int64)
@@ -138,9 +151,17 @@ class PackedAttention:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         return varlen_attn(
-            query.contiguous(), key, value, self.cumulative_queries, self.cumulative_keys, self.longest_query,
-            self.longest, scale=scaling, window_size=(-1, 0), **options,
-        )  # fmt: skip
+            query.contiguous(),
+            key,
+            value,
+            self.cumulative_queries,
+            self.cumulative_keys,
+            self.longest_query,
+            self.longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            **options,
+        )
 
 
 def cumulative(lengths: np.ndarray, device) -> Tensor:
@@ -164,11 +185,23 @@ def build_tile(starts, lengths, prefix_starts, prefix_lengths) -> tuple[Tile, np
     return Tile(torch.from_numpy(queries.ravel()), torch.from_numpy(keys.ravel()), mask, len(starts)), rows.ravel()
 
 
-def grpo_packed_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0,
-                          sliding_window=None, attention_plan=None, **extras):  # fmt: skip
+def grpo_packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    attention_plan=None,
+    **extras,
+):
     """What transformers calls in every layer. The plan travels as a keyword of model(...) and knows who sees whom."""
     if attention_plan is None:
-        raise ValueError(f"{ATTENTION_NAME} needs attention_plan=...; call the model through src.scoring or src.sampler")
+        raise ValueError(
+            f"{ATTENTION_NAME} needs attention_plan=...; call the model through src.scoring or src.sampler"
+        )
     for name in ("softcap", "s_aux"):
         if extras.get(name) is not None:
             raise NotImplementedError(f"this model's attention uses {name}, which {ATTENTION_NAME} does not compute")
@@ -233,8 +266,9 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
     )
 
 
-def split_into_microbatches(groups: list[Group], micro_batch_size: int, max_tokens: int | None = None,
-                            whole_groups: bool = False) -> Iterator[list[Group]]:  # fmt: skip
+def split_into_microbatches(
+    groups: list[Group], micro_batch_size: int, max_tokens: int | None = None, whole_groups: bool = False
+) -> Iterator[list[Group]]:
     """Cut groups into passes of at most micro_batch_size completions, or max_tokens tokens when that is given.
 
     A group that is cut repeats its prompt; `whole_groups` forbids the cut (losses over a group need all of it).

@@ -1,9 +1,9 @@
 """What keeps the policy near its anchor: one function per penalty, chosen by `loss_type`.
 
-A penalty is `fn(PenaltyInputs, training config) -> (value, metrics)`. The value is per token [N], weighed as loss_agg says,
-or per episode [E], averaged over episodes; the loop adds beta x value to the loss. Metrics are tensors to be averaged over
-the step. To add one: write the function under @penalty("name"), put the name into LOSS_TYPES in src/config.py, and use it
-in a YAML.
+A penalty is `fn(PenaltyInputs, training config) -> (value, metrics)`. The value is per token [N], weighed as loss_agg
+says, or per episode [E], averaged over episodes; the loop adds beta x value to the loss. Metrics are tensors that the
+loop averages over the step. To add one: write the function under @penalty("name"), put the name into LOSS_TYPES in
+src/config.py, and use it in a YAML.
 """
 
 from collections.abc import Callable
@@ -89,8 +89,9 @@ def kl_estimates(logprobs: Tensor, anchor_logprobs: Tensor) -> dict[str, Tensor]
     reverse KL(policy || anchor), k3's is that of the forward KL(anchor || policy). See Schulman, "Approximating KL
     divergence" (2020), and Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL" (2025).
     """
-    log_ratio = (anchor_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)  # [N] log anchor/policy
-    return {"k1": -log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(log_ratio) - log_ratio}
+    log_ratio = anchor_logprobs - logprobs  # [N] log anchor/policy
+    bounded = log_ratio.clamp(max=MAX_LOG_RATIO)  # for k3 only: k1 and k2 have no exp, and keep their gradient
+    return {"k1": -log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(bounded) - bounded}
 
 
 @penalty("approx_kl")
@@ -129,7 +130,7 @@ def policy_loss(logprobs: Tensor, batch: PackedBatch, training) -> tuple[Tensor,
     advantages = batch.advantages[batch.episode_index]  # [N]
     log_ratio = logprobs - batch.old_logprobs  # [N]
     if training.importance_sampling_level == "sequence":
-        total = torch.zeros(len(batch.lengths), device=log_ratio.device).index_add(0, batch.episode_index, log_ratio)
+        total = log_ratio.new_zeros(len(batch.lengths)).index_add(0, batch.episode_index, log_ratio)
         log_ratio = (total / batch.lengths)[batch.episode_index]  # [N] the same for each token of an episode
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     high = training.epsilon if training.epsilon_high is None else training.epsilon_high
@@ -157,7 +158,7 @@ def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     q = listwise_target(rewards, training.q_temperature, training.q_epsilon, mask)
     weights = maxent_weights(q, reference_logprobs, training.tau, training.beta, counts, mask)  # [groups, G]
     sizes = mask.sum(1, keepdim=True)
-    signed = weights - mask / sizes if training.maxent_baseline else weights
+    signed = weights - mask.to(weights.dtype) / sizes if training.maxent_baseline else weights
     # times G: an episode's share of its group's sum, so that the mean over episodes is the mean over groups
     shares = (signed * sizes * has_variance(rewards, mask))[mask]  # [E]
     metrics = weight_metrics(weights, q, reference_logprobs, inputs.by_group(batch.advantages)[0], mask, training)
@@ -172,7 +173,7 @@ def weight_metrics(weights, q, reference_logprobs, advantages, mask, training) -
     entropies = entropy(weights)
     metrics = {"maxent/weight_entropy": entropies, "maxent/weight_entropy_min": entropies,
                "maxent/weight_entropy_max": entropies,
-               "maxent/weight_entropy_normalized": entropies / mask.sum(1).log(),
+               "maxent/weight_entropy_normalized": entropies / mask.sum(1).clamp_min(2).log(),
                "maxent/advantage_entropy": entropy(group_softmax(advantages, mask))}  # fmt: skip
     if training.meta_lr > 0:
         slopes = weight_entropy_gradients(weights, q, reference_logprobs, training.tau, training.beta, mask)

@@ -200,8 +200,10 @@ class Countdown:
         while len(rows) < size:
             attempts += 1
             if attempts > MAX_ATTEMPTS:  # since the last one found
-                raise ConfigError(f"data: {MAX_ATTEMPTS} attempts found no {split} problem of these num_numbers, "
-                                  f"number_max and target_max; raise number_max or target_max")  # fmt: skip
+                raise ConfigError(
+                    f"data: {MAX_ATTEMPTS} attempts found no {split} problem of these num_numbers, "
+                    f"number_max and target_max; raise number_max or target_max"
+                )
             numbers = [generator.randint(1, data.number_max) for _ in range(generator.choice(data.num_numbers))]
             if split_of(numbers) != split:
                 continue

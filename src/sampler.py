@@ -5,8 +5,13 @@ one gives its slot to the next waiting one, and when none waits the live ones mo
 decoded. A prompt's keys are read once for all of its completions, never copied per completion.
 Random numbers are a hash of (seed, step, problem, sample, position): a completion does not depend on its neighbours,
 on its slot or on how many slots there are. The model's own generation_config is not read, but for the end tokens.
+Not here: CUDA graphs, paged caches, speculative decoding. On a GPU every step launches its kernels one by one.
 """
 
+import logging
+import math
+import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,15 +23,24 @@ from src.packing import Episode, Group, PackedAttention
 from src.rl_datasets import Problem
 from src.scoring import head_logits
 
+logger = logging.getLogger("grpo")
+
 SYNC_EVERY = 4  # decode steps between looks at which completions have ended (each look waits for the device)
 PREFILL_TOKENS = 16384  # prompt tokens of one prefill pass
+WAVE = 4  # prompts are prefilled for up to this many completions a slot at a time; the end of a wave decodes few
+BLOCK = 256  # vocabulary entries whose probabilities are summed before the cumulative sum
+MEMORY_SHARE = 0.8  # of the free memory, for the caches; the rest is for activations
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample. temperature 0 is greedy; `stream` keeps evaluation and training random numbers apart."""
+    """How to sample. temperature 0 is greedy; `stream` keeps evaluation and training random numbers apart.
+
+    top_k, top_p and min_p cut the tempered distribution, in this order, and are for evaluation: the trainer scores the
+    whole distribution. A completion also ends with the token that completes one of `stop_strings`.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -34,6 +48,11 @@ class SamplingSettings:
     eos_ids: tuple[int, ...]
     seed: int
     stream: int = 0  # the training step, or a negative number for evaluation
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
+    max_retry_rounds: int = 2  # a prompt whose logits were not finite is sampled again this often
 
 
 def mix64(value: int) -> int:
@@ -65,16 +84,57 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return ((value >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-def choose_tokens(logits: Tensor, temperature: float, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [S] and their log-probs [S] from fp32 logits [S, V], by inverse CDF; greedy at temperature 0."""
-    logprobs = logits.log_softmax(-1) if temperature == 0 else (logits / temperature).log_softmax(-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        distribution = logprobs.exp().cumsum(-1, dtype=torch.float64)  # [S, V]
-        threshold = uniforms(keys, positions)[:, None] * distribution[:, -1:]
-        tokens = torch.searchsorted(distribution, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+def truncate(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Tempered logits [S, V] with -inf where top-k, top-p or min-p cut a token off. Equal tokens stay or go together."""
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[:, -1:], -torch.inf)
+    if settings.top_p < 1:
+        ordered = logits.sort(-1, descending=True).values
+        probabilities = ordered.softmax(-1)
+        more_likely = probabilities.cumsum(-1) - probabilities  # [S, V] mass before each token
+        kept = ordered.masked_fill(more_likely >= settings.top_p, torch.inf).amin(-1, keepdim=True)  # [S, 1]
+        logits = logits.masked_fill(logits < kept, -torch.inf)
+    if settings.min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(settings.min_p), -torch.inf)
+    return logits
+
+
+def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The first entry [S, 1] where the cumulative sum of weights [S, N] exceeds uniform [S, 1] of the total.
+
+    Float64, and uniform is below 1: an entry of weight 0 is never chosen.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return chosen.clamp_(max=weights.shape[-1] - 1)  # NaN finds no place
+
+
+def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids [S] and their log-probs [S] from fp32 logits [S, V], which are overwritten; NaN if those are not finite.
+
+    Inverse CDF in two levels, blocks first and then inside the chosen block: a float64 cumulative sum over a large
+    vocabulary would take longer than the head.
+    """
+    if settings.temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    if settings.temperature != 1:
+        logits.div_(settings.temperature)
+    logits = truncate(logits, settings)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # [S, V]
+    vocabulary = weights.shape[-1]
+    blocks, whole = vocabulary // BLOCK, vocabulary // BLOCK * BLOCK
+    inside = weights[:, :whole].unflatten(1, (blocks, BLOCK)).sum(-1)
+    sums = torch.cat([inside, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()  # [S, blocks + 1]
+    uniform = uniforms(keys, positions)[:, None]
+    block = invert_cdf(sums, uniform)  # [S, 1]
+    of_block, total = sums.gather(1, block), sums.sum(-1, keepdim=True)
+    before = sums.cumsum(-1).gather(1, block) - of_block
+    rest = ((uniform * total - before) / of_block).clamp(0, 1 - 2.0**-52)  # the uniform number inside the block
+    columns = block * BLOCK + torch.arange(BLOCK, device=block.device)  # [S, BLOCK]
+    candidates = weights.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill_(columns >= vocabulary, 0)
+    tokens = columns.gather(1, invert_cdf(candidates, rest)).clamp_(max=vocabulary - 1)
+    return tokens[:, 0], (weights.gather(1, tokens) / total).log().float()[:, 0]
 
 
 class PromptCache(PackedAttention):
@@ -159,8 +219,9 @@ class DecodeAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
         n, kv_heads = key.shape[:2]
-        self.keys[layer][self.slots, :, self.lengths] = key[:, :, 0]
-        self.values[layer][self.slots, :, self.lengths] = value[:, :, 0]
+        # in lockstep all write to the same place: a slice, which is faster than an index
+        place = (slice(n), slice(None), self.width - 1) if self.uniform else (self.slots, slice(None), self.lengths)
+        self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
         keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
         query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
         of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
@@ -176,18 +237,66 @@ class DecodeAttention:
 
     def move(self, keep: Tensor) -> None:
         """Bring the kept slots to the front."""
-        for cache in (self.keys, self.values):
-            cache[:, : len(keep), :, : self.width] = cache[:, keep, :, : self.width]
+        for cache in (*self.keys, *self.values):  # layer by layer: the copy in between stays small
+            cache[: len(keep), :, : self.width] = cache[keep, :, : self.width]
+
+    def clear(self, slots: Tensor) -> None:
+        """Zeros for the next episodes: NaN that an episode has left would survive the mask."""
+        for cache in (*self.keys, *self.values):
+            cache[slots, :, : self.width] = 0
+
+
+def cache_shape(model) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size of the model."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but free
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> tuple[int, int]:
+    """Slots to decode in and prompts to prefill at a time, so that the caches fit into the free memory."""
+    wanted = min(settings.slots, len(problems) * samples)
+    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
+    # twice: the cache of all prompts of a wave, and the copy of the live ones
+    prompt = 2 * per_token * max(len(problem.prompt_ids) for problem in problems)
+    logits = 8 * model.config.get_text_config().vocab_size
+    slot = per_token * settings.max_new_tokens + logits
+    free = free_memory(model.device)
+    room = MEMORY_SHARE * free - prompt  # one prompt must fit in any case
+    slots = min(wanted, int(room // (slot + prompt / samples)))  # with a slot comes its share of a prompt
+    need = (prompt + slot) / 2**30
+    if slots < 1:
+        raise MemoryError(
+            f"the key-value cache of one completion needs {need:.2f} GiB, but only {free / 2**30:.2f} GiB are free; "
+            f"lower training.max_gen_len or training.max_prompt_len, or take a smaller model"
+        )
+    if slots < wanted:
+        logger.warning(
+            f"decoding {slots} completions at once in place of {wanted}: a slot of the key-value cache takes "
+            f"{slot / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+        )
+    prompts = min(int(1 + (room - slots * slot) // prompt), max(1, WAVE * slots // samples), len(problems))
+    return slots, prompts
 
 
 def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, Tensor, np.ndarray]]:
     """Last hidden state of every prompt [prompts, hidden], and the prompts' keys, values and lengths."""
-    config = model.config.get_text_config()
-    heads = config.num_key_value_heads or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers, heads, head_dim = cache_shape(model)
     lengths = np.array([len(problem.prompt_ids) for problem in problems])
     device, dtype = model.device, model.dtype
-    shape = (config.num_hidden_layers, len(problems), heads, int(lengths.max()), head_dim)
+    shape = (layers, len(problems), heads, int(lengths.max()), head_dim)
     keys, values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
     last_hidden, first = [], 0
     while first < len(problems):

@@ -28,7 +28,7 @@ class Scores:
 
 
 def head_logits(model, hidden: Tensor) -> Tensor:
-    """Logits [tokens, vocab] in fp32 as the model's own forward makes them: soft cap (Gemma), scaling (Granite, Cohere)."""
+    """Logits [tokens, vocab] in fp32, with the soft cap (Gemma) or scaling (Granite, Cohere) of the model's forward."""
     logits = model.get_output_embeddings()(hidden).float()
     config = model.config.get_text_config()
     if getattr(config, "logits_scaling", None):
@@ -66,8 +66,14 @@ def score_chunk(model, hidden, target_ids, temperature, anchor, anchor_hidden, k
     return chosen, entropy, anchor_chosen, kl
 
 
-def score(model, batch: PackedBatch, temperature: float, anchor=None, kl_direction: str | None = None,
-          chunk_tokens: int | None = None) -> Scores:  # fmt: skip
+def score(
+    model,
+    batch: PackedBatch,
+    temperature: float,
+    anchor=None,
+    kl_direction: str | None = None,
+    chunk_tokens: int | None = None,
+) -> Scores:
     """Score a packed batch; with an `anchor` model its log-probs too, and the exact KL in `kl_direction` if given."""
     hidden = hidden_states(model, batch)  # [N, hidden]
     anchor_hidden = None
@@ -80,8 +86,15 @@ def score(model, batch: PackedBatch, temperature: float, anchor=None, kl_directi
     parts = []
     for start in range(0, len(hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        arguments = (model, hidden[chunk], batch.target_ids[chunk], temperature, anchor,
-                     None if anchor is None else anchor_hidden[chunk], kl_direction)  # fmt: skip
+        arguments = (
+            model,
+            hidden[chunk],
+            batch.target_ids[chunk],
+            temperature,
+            anchor,
+            None if anchor is None else anchor_hidden[chunk],
+            kl_direction,
+        )
         if len(hidden) > chunk_tokens and torch.is_grad_enabled():
             parts.append(checkpoint(score_chunk, *arguments, use_reentrant=False))
         else:

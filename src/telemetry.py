@@ -63,8 +63,14 @@ class Telemetry:
         keep_lines_through(run_folder / "metrics.jsonl", first_step - 1)
         self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(run_folder / "tb"), purge_step=first_step)
-        self.bar = tqdm(total=max_steps, initial=max(first_step - 1, 0), unit="step", disable=not sys.stdout.isatty(),
-                        file=sys.stdout, dynamic_ncols=True)  # fmt: skip
+        self.bar = tqdm(
+            total=max_steps,
+            initial=max(first_step - 1, 0),
+            unit="step",
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            dynamic_ncols=True,
+        )
         self.max_steps = max_steps
 
     def write_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -98,8 +104,10 @@ class Telemetry:
     def write_hparams(self, settings: dict, metrics: dict[str, float]) -> None:
         """Settings with final metrics for TensorBoard's HParams page, in the run's own event file."""
         final = {name: metrics[name] for name in HPARAM_METRICS if name in metrics}
-        plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                 for name, value in settings.items()}  # fmt: skip
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
         for summary in hparams(plain, final):
             self.writer.file_writer.add_summary(summary)
 
@@ -133,6 +141,7 @@ class Means:
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; cells are shown literally, line breaks as arrows."""
+
     def cell(text: str) -> str:
         return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ↵ ")[:2000] + "`"
 

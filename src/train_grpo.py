@@ -77,8 +77,9 @@ def questions_of_step(run: Run, step: int) -> list[Problem]:
 def sample(run: Run, problems: list[Problem], samples: int, temperature: float, stream: int) -> list[Group]:
     """Completions of the current policy, graded."""
     training = run.config.training
-    settings = SamplingSettings(training.max_gen_len, temperature, training.inference_batch_size, run.eos_ids,
-                                training.random_seed, stream)  # fmt: skip
+    settings = SamplingSettings(
+        training.max_gen_len, temperature, training.inference_batch_size, run.eos_ids, training.random_seed, stream
+    )
     return grade(run.task, rollout(run.model, run.tokenizer, problems, samples, settings), training)
 
 
@@ -307,8 +308,11 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def accuracy_line(metrics: dict[str, float]) -> str:
     """The headline of an evaluation."""
-    passes = [f"{name[5:]} {value:.1%}" for name, value in metrics.items() if name.startswith("eval/pass@") and
-              not name.endswith("_ci95") and name != "eval/pass@1"]  # fmt: skip
+    passes = [
+        f"{name[5:]} {value:.1%}"
+        for name, value in metrics.items()
+        if name.startswith("eval/pass@") and not name.endswith("_ci95") and name != "eval/pass@1"
+    ]
     return (
         f"greedy {metrics['eval/greedy']:.1%} (+-{metrics['eval/greedy_ci95']:.1%}), "
         f"pass@1 {metrics['eval/pass@1']:.1%} (+-{metrics['eval/pass@1_ci95']:.1%}), "
@@ -366,30 +370,65 @@ def prepare(config: Config, dataset_name: str) -> Run:
         if dropped:
             logger.warning(f"{dropped} of {len(rows)} {split} prompts are longer than max_prompt_len and are left out")
         if not problems[split]:
-            raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len "
-                              f"({training.max_prompt_len} tokens); raise it")  # fmt: skip
-    if training.anchor == "rollout" and training.minibatches * training.inner_epochs == 1 and training.loss_type != "none":
-        logger.warning("anchor: rollout with one update a rollout compares the policy with itself: the penalty has no "
-                       "gradient; use anchor: reference, or minibatches or inner_epochs above 1")  # fmt: skip
+            raise ConfigError(
+                f"{config.source}: no {split} prompt fits training.max_prompt_len "
+                f"({training.max_prompt_len} tokens); raise it"
+            )
+    if (
+        training.anchor == "rollout"
+        and training.minibatches * training.inner_epochs == 1
+        and training.loss_type != "none"
+    ):
+        logger.warning(
+            "anchor: rollout with one update a rollout compares the policy with itself: the penalty has no "
+            "gradient; use anchor: reference, or minibatches or inner_epochs above 1"
+        )
     model = load_model(config, device)
     anchor = load_model(config, device).requires_grad_(False)
     optimizer = build_optimizer(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        learning_rate=training.learning_rate, betas=tuple(training.betas), eps=training.adam_eps,
-        weight_decay=training.weight_decay, memory_efficient=training.memory_efficient_adamw,
-        master_bits=24, state_bits=8, offload=False,
-    )  # fmt: skip
+        learning_rate=training.learning_rate,
+        betas=tuple(training.betas),
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        memory_efficient=training.memory_efficient_adamw,
+        master_bits=24,
+        state_bits=8,
+        offload=False,
+    )
     per_epoch = max(1, len(problems["train"]) // training.num_questions_per_batch)
     max_steps = training.max_steps or per_epoch * training.num_epochs
-    controllers = Controllers(training.tau, training.beta, ControllerSettings(
-        tau_target_entropy=training.tau_target_entropy, tau_target_entropy_start=training.tau_target_entropy_start,
-        tau_target_anneal_steps=training.tau_target_anneal_steps, tau_lr=training.tau_lr, tau_min=training.tau_min,
-        tau_max=training.tau_max, tau_warmup_steps=training.tau_warmup_steps, kl_target=training.beta_kl_target,
-        kl_horizon=training.beta_horizon, beta_min=training.beta_min, beta_max=training.beta_max,
-        meta_lr=training.meta_lr or 0.1,
-    ))  # fmt: skip
-    return Run(config, task, tokenizer, problems["train"], problems[config.data.eval_split], model, anchor, optimizer,
-               controllers, max_steps, end_token_ids(model, tokenizer))  # fmt: skip
+    controllers = Controllers(
+        training.tau,
+        training.beta,
+        ControllerSettings(
+            tau_target_entropy=training.tau_target_entropy,
+            tau_target_entropy_start=training.tau_target_entropy_start,
+            tau_target_anneal_steps=training.tau_target_anneal_steps,
+            tau_lr=training.tau_lr,
+            tau_min=training.tau_min,
+            tau_max=training.tau_max,
+            tau_warmup_steps=training.tau_warmup_steps,
+            kl_target=training.beta_kl_target,
+            kl_horizon=training.beta_horizon,
+            beta_min=training.beta_min,
+            beta_max=training.beta_max,
+            meta_lr=training.meta_lr or 0.1,
+        ),
+    )
+    return Run(
+        config,
+        task,
+        tokenizer,
+        problems["train"],
+        problems[config.data.eval_split],
+        model,
+        anchor,
+        optimizer,
+        controllers,
+        max_steps,
+        end_token_ids(model, tokenizer),
+    )
 
 
 def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", fresh: bool = False) -> dict:
@@ -411,9 +450,11 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     telemetry = Telemetry(folder, first_step, run.max_steps)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    logger.info(f"{config.model.pretrained_model_path}: {parameters:,} parameters, {config.model.dtype}, "
-                f"{run.model.device}; {len(run.train_problems)} training and {len(run.eval_problems)} evaluation "
-                f"problems of {dataset_name}; {run.max_steps} steps; run folder {folder}")  # fmt: skip
+    logger.info(
+        f"{config.model.pretrained_model_path}: {parameters:,} parameters, {config.model.dtype}, "
+        f"{run.model.device}; {len(run.train_problems)} training and {len(run.eval_problems)} evaluation "
+        f"problems of {dataset_name}; {run.max_steps} steps; run folder {folder}"
+    )
     try:
         return train_loop(run, folder, telemetry, state, StopSignal())
     finally:
@@ -445,8 +486,9 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
             metrics |= last | {"time/evaluate": time.perf_counter() - started}
         if looks or step == 1:
             telemetry.write_text("completions", completions_table(groups), step)
-            telemetry.write_histogram("rollout/lengths", torch.tensor(
-                [len(e.token_ids) for g in groups for e in g.episodes]), step)  # fmt: skip
+            telemetry.write_histogram(
+                "rollout/lengths", torch.tensor([len(e.token_ids) for g in groups for e in g.episodes]), step
+            )
         telemetry.write_step(step, metrics)
         if looks:
             logger.info(f"step {step}/{run.max_steps}: {accuracy_line(last)}")
@@ -455,8 +497,9 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
             extra = {"first_evaluation": first, "last_evaluation": last, "controllers": run.controllers.state_dict()}
             if training.reference_sync_steps:
                 extra["anchor"] = run.anchor.state_dict()
-            save_checkpoint(folder / "checkpoints", step, run.model, run.tokenizer, run.optimizer, extra,
-                            training.keep_checkpoints)  # fmt: skip
+            save_checkpoint(
+                folder / "checkpoints", step, run.model, run.tokenizer, run.optimizer, extra, training.keep_checkpoints
+            )
         if stop.number and not at_end:
             logger.info(f"stopped after step {step} and saved; the same command goes on from here")
             raise SystemExit(128 + stop.number)

@@ -11,9 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.checkpoint import (
-    end_token_ids, list_checkpoints, load_checkpoint, load_model, load_tokenizer, resolve_device, resolve_model_path,
-    save_checkpoint, save_model,
-)  # fmt: skip
+    end_token_ids,
+    list_checkpoints,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_model_path,
+    save_checkpoint,
+    save_model,
+)
 from src.config import Config, ConfigError
 from src.optim import build_optimizer
 from src.packing import Episode, Group, pack
@@ -30,8 +37,16 @@ def config_for(folder, dtype: str = "float32") -> Config:
 
 
 def make_optimizer(model, memory_efficient: bool):
-    return build_optimizer(list(model.parameters()), learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.1,
-                           memory_efficient=memory_efficient, master_bits=24, state_bits=8, offload=False)  # fmt: skip
+    return build_optimizer(
+        list(model.parameters()),
+        learning_rate=1e-2,
+        betas=(0.9, 0.99),
+        weight_decay=0.1,
+        memory_efficient=memory_efficient,
+        master_bits=24,
+        state_bits=8,
+        offload=False,
+    )
 
 
 def train(model, optimizer, seeds) -> None:
@@ -111,8 +126,12 @@ def test_a_half_written_checkpoint_is_none(tmp_path, tiny_model_folder, monkeypa
         patch.setattr(torch, "save", die)
         with pytest.raises(KeyboardInterrupt):
             save_steps(tmp_path, config, (3,), keep=1)
-    assert (tmp_path / "step_000003.partial" / "model.safetensors").exists(), "this test must leave a half-written folder"
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000001", "step_000002"], "nothing was dropped yet"
+    assert (tmp_path / "step_000003.partial" / "model.safetensors").exists(), (
+        "this test must leave a half-written folder"
+    )
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000001", "step_000002"], (
+        "nothing was dropped yet"
+    )
     save_steps(tmp_path, config, (3,), keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000002", "step_000003"]
     assert not list(tmp_path.glob("*.partial"))
@@ -131,7 +150,7 @@ def test_a_checkpoint_is_loaded_without_unpickling(tmp_path, tiny_model_folder):
     save_steps(tmp_path, config, (1,), keep=1)
     checkpoint = list_checkpoints(tmp_path)[0]
     torch.save({"step": 1, "optimizer": SimpleNamespace()}, checkpoint / "training_state.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load_checkpoint(checkpoint, load_model(config, CPU), None)
 
 
@@ -172,7 +191,9 @@ def test_a_model_with_sampling_defaults_of_its_own_can_be_saved(tmp_path, tiny_m
     """transformers refuses to save a generation config that asks for a temperature without sampling."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]})
+    )
     config = config_for(folder)
     model, tokenizer = load_model(config, CPU), load_tokenizer(config)
     save_model(model, tokenizer, tmp_path / "final")
@@ -193,9 +214,16 @@ def test_loaded_model_has_no_dropout_and_the_asked_precision(tmp_path, tiny_mode
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("tokenizer_id", "generation_ids", "config_ids", "expected"), [
-    (1, 1, 1, (1,)), (1, [7, 3], 3, (1, 3, 7)), (None, None, [4, 2], (2, 4)), (5, None, None, (5,)), (0, [0], None, (0,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokenizer_id", "generation_ids", "config_ids", "expected"),
+    [
+        (1, 1, 1, (1,)),
+        (1, [7, 3], 3, (1, 3, 7)),
+        (None, None, [4, 2], (2, 4)),
+        (5, None, None, (5,)),
+        (0, [0], None, (0,)),
+    ],
+)
 def test_every_end_token_is_collected(tokenizer_id, generation_ids, config_ids, expected):
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(eos_token_id=config_ids))
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=generation_ids), config=config)
@@ -216,7 +244,9 @@ def test_a_model_without_some_of_its_weights_is_refused(tmp_path, tiny_model_fol
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"is incomplete; it has no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"is incomplete; it has no weights for model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         load_model(config_for(folder), CPU)
 
 
@@ -227,10 +257,16 @@ def test_tied_heads_are_not_missing_weights(tiny_model_folder):
     assert copy.deepcopy(model).lm_head.weight.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "fragment"), [
-    ("cuda:99", "model.device: cuda:99 is not there"), ("tpu", "'tpu' is not a device; use auto, cpu"),
-    ("meta", "'meta' is not supported; use auto, cpu"), ("", "'' is not a device"), ("cpu:x", "'cpu:x' is not a device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("cuda:99", "model.device: cuda:99 is not there"),
+        ("tpu", "'tpu' is not a device; use auto, cpu"),
+        ("meta", "'meta' is not supported; use auto, cpu"),
+        ("", "'' is not a device"),
+        ("cpu:x", "'cpu:x' is not a device"),
+    ],
+)
 def test_device_that_is_not_there(name, fragment):
     with pytest.raises(ConfigError) as refusal:
         resolve_device(name)

@@ -1,4 +1,4 @@
-"""The config is the experiment: what is accepted, what is refused and in which words, and that it survives a round trip."""
+"""The config is the experiment: what is accepted, what is refused and in which words, and that it round-trips."""
 
 import re
 from dataclasses import asdict, fields
@@ -48,6 +48,7 @@ training:
 @pytest.fixture
 def write(tmp_path):
     """write(text) -> path of a config file with that text."""
+
     def write_text(text: str, name: str = "config.yaml") -> Path:
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
@@ -111,8 +112,15 @@ def test_loss_type_none_is_the_name_and_not_nothing(write):
 
 def test_overrides_win_and_are_typed(write):
     path = write("model:\n  dtype: float32\ntraining:\n  beta: 0.1\n")
-    overrides = ["training.beta=0.2", "training.betas=[0.5, 0.6]", " model.dtype =bfloat16", "data.system_prompt=a=b",
-                 "training.max_steps=", "training.skip_unfinished_episodes=true", "training.beta=3e-1"]  # fmt: skip
+    overrides = [
+        "training.beta=0.2",
+        "training.betas=[0.5, 0.6]",
+        " model.dtype =bfloat16",
+        "data.system_prompt=a=b",
+        "training.max_steps=",
+        "training.skip_unfinished_episodes=true",
+        "training.beta=3e-1",
+    ]
     config = load_config(path, overrides)
     assert config.training.beta == 0.3, "the last of two overrides counts"
     assert config.training.betas == [0.5, 0.6]
@@ -165,11 +173,17 @@ BAD = {
     "key of two lines": (TRAINING('"a\\nb": 1'), "training.a b is not a key"),
     # types
     "fraction for a whole number": (TRAINING("batch_size: 1.5"), "training.batch_size must be a whole number, not 1.5"),
-    "text for a whole number": (TRAINING("max_gen_len: many"), "training.max_gen_len must be a whole number, not 'many'"),
+    "text for a whole number": (
+        TRAINING("max_gen_len: many"),
+        "training.max_gen_len must be a whole number, not 'many'",
+    ),
     "list for a whole number": (TRAINING("batch_size: [64]"), "training.batch_size must be a whole number, not [64]"),
     "truth for a whole number": (TRAINING("eval_interval: true"), "training.eval_interval must be a whole number"),
     "endless whole number": (TRAINING("max_steps: 1e999"), "training.max_steps must be a whole number"),
-    "text for a number": (TRAINING("learning_rate: fast"), "training.learning_rate must be a finite number, not 'fast'"),
+    "text for a number": (
+        TRAINING("learning_rate: fast"),
+        "training.learning_rate must be a finite number, not 'fast'",
+    ),
     "nan": (TRAINING("learning_rate: .nan"), "training.learning_rate must be a finite number, not nan"),
     "infinity": (TRAINING("beta: .inf"), "training.beta must be a finite number, not inf"),
     "nothing for a number": (TRAINING("beta:"), "training.beta must be a finite number, not None"),
@@ -190,22 +204,33 @@ BAD = {
     "no steps": (TRAINING("max_steps: 0"), "training.max_steps must be at least 1, not 0"),
     "seven numbers": ("data:\n  num_numbers: [3, 7]\n", "data.num_numbers must be at most 6, not 7"),
     "loss type of nobody": (TRAINING("loss_type: klx"), "training.loss_type: 'klx' is not known; did you mean kl?"),
-    "loss type in capitals": (TRAINING("loss_type: KL"), "training.loss_type: 'KL' is not known; known are: approx_kl,"),
+    "loss type in capitals": (
+        TRAINING("loss_type: KL"),
+        "training.loss_type: 'KL' is not known; known are: approx_kl,",
+    ),
     "half precision": ("model:\n  dtype: float16\n", "model.dtype: 'float16' is not known; did you mean bfloat16?"),
     # combinations
-    "group does not divide": (TRAINING("batch_size: 100\n  num_questions_per_batch: 32"),
-                              "training.batch_size (100) must be a multiple of num_questions_per_batch (32)"),
-    "group of one": (TRAINING("batch_size: 32\n  num_questions_per_batch: 32"),
-                     "at least twice as large; set batch_size to num_questions_per_batch x group size"),
-    "minibatches do not divide": (TRAINING("minibatches: 5"),
-                                  "training.num_questions_per_batch (32) must be a multiple of minibatches (5)"),
+    "group does not divide": (
+        TRAINING("batch_size: 100\n  num_questions_per_batch: 32"),
+        "training.batch_size (100) must be a multiple of num_questions_per_batch (32)",
+    ),
+    "group of one": (
+        TRAINING("batch_size: 32\n  num_questions_per_batch: 32"),
+        "at least twice as large; set batch_size to num_questions_per_batch x group size",
+    ),
+    "minibatches do not divide": (
+        TRAINING("minibatches: 5"),
+        "training.num_questions_per_batch (32) must be a multiple of minibatches (5)",
+    ),
     "one decay rate": (TRAINING("betas: 0.9"), "training.betas must be two numbers such as [0.9, 0.999]"),
     "three decay rates": (TRAINING("betas: [0.9, 0.99, 0.999]"), "training.betas must be two numbers"),
     "second decay rate 0": (TRAINING("betas: [0.9, 0.0]"), "training.betas must be two numbers"),
-    "key of another loss": (TRAINING("loss_type: kl\n  kl_estimator: k1"),
-                            "training.kl_estimator is not read by loss_type kl; it belongs to approx_kl; remove the key"),
+    "key of another loss": (
+        TRAINING("loss_type: kl\n  kl_estimator: k1"),
+        "training.kl_estimator is not read by loss_type kl; it belongs to approx_kl; remove the key",
+    ),
     "nothing to weigh with": (TRAINING("loss_type: maxent\n  tau: 0\n  beta: 0"), "must be greater than 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -305,10 +330,13 @@ def other_value(field):
     if kind is str:
         return "two lines:\n# 'and' \"more\" \u20ac"
     permitted = [
-        number for number in (1, 2, 3, 5, 0.25, 0.5, 1.5, 17)
-        if number >= rules.get("minimum", number) and number > rules.get("above", number - 1)
-        and number <= rules.get("maximum", number) and number < rules.get("below", number + 1)
-    ]  # fmt: skip
+        number
+        for number in (1, 2, 3, 5, 0.25, 0.5, 1.5, 17)
+        if number >= rules.get("minimum", number)
+        and number > rules.get("above", number - 1)
+        and number <= rules.get("maximum", number)
+        and number < rules.get("below", number + 1)
+    ]
     if get_origin(kind) is list:
         item = get_args(kind)[0]
         return [item(number) for number in permitted if item(number) == number][:2]
@@ -353,7 +381,9 @@ def test_dump_of_a_shipped_config_loads_back(write, path):
     assert settings_read(load_config(write(dump_config(config)))) == settings_read(config)
 
 
-@pytest.mark.parametrize("text", ["null", "1e-5", "on", "", "{a: b}", "- x", "a: b # c", "\u2028\x85", "\x00\ud7ff", " "])
+@pytest.mark.parametrize(
+    "text", ["null", "1e-5", "on", "", "{a: b}", "- x", "a: b # c", "\u2028\x85", "\x00\ud7ff", " "]
+)
 def test_texts_that_look_like_yaml_survive(write, text):
     config = Config()
     config.data.system_prompt = text

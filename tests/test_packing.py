@@ -13,9 +13,18 @@ from src.rl_datasets import Problem
 from src.scoring import score
 
 SHAPE = dict(
-    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-    max_position_embeddings=128, initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SHAPE),
@@ -36,6 +45,7 @@ def make_pair(name: str):
 
 def make_groups(generator: torch.Generator, shapes: list[tuple[int, list[int]]]) -> list[Group]:
     """Groups with prompts and completions of the given lengths and random tokens, rewards and advantages."""
+
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(2, SHAPE["vocab_size"], (length,), generator=generator).tolist())
 

@@ -21,9 +21,21 @@ def test_requirements_txt_is_what_uv_exports(tmp_path):
         pytest.skip("uv is not installed, so the lock cannot be made again; `pip install uv`")
     shutil.copy(PROJECT / "pyproject.toml", tmp_path)
     export = subprocess.run(
-        [uv, "export", "--quiet", "--format", "requirements-txt", "--no-header", "--no-annotate", "--project", str(tmp_path)],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            uv,
+            "export",
+            "--quiet",
+            "--format",
+            "requirements-txt",
+            "--no-header",
+            "--no-annotate",
+            "--project",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert export.returncode == 0, export.stderr
     assert export.stdout == (PROJECT / "requirements.txt").read_text(encoding="utf-8")
 
@@ -66,7 +78,17 @@ def test_the_embedded_model_is_small_and_has_all_its_files():
 
 
 def test_compared_configs_differ_in_nothing_but_the_penalty():
-    own = {"loss_type", "beta", "kl_target", "kl_direction", "kl_estimator", "ot_target", "ot_window", "tau", "q_temperature"}
+    own = {
+        "loss_type",
+        "beta",
+        "kl_target",
+        "kl_direction",
+        "kl_estimator",
+        "ot_target",
+        "ot_window",
+        "tau",
+        "q_temperature",
+    }
     for folder in ("configs_tiny", "configs_0.5b", "configs_3b", "configs_7b"):
         files = [*(PROJECT / "configs" / folder).glob("*.yaml"), *(PROJECT / "configs" / f"{folder}_ot").glob("*.yaml")]
         shared = []

@@ -17,9 +17,21 @@ from hypothesis import strategies as st
 
 from src.config import ConfigError, DataConfig
 from src.rl_datasets import (
-    MAX_DIGITS, MAX_EXPRESSION_DEPTH, MAX_EXPRESSION_LENGTH, MAX_GRADED_LENGTH, TASKS, Countdown, ExpressionError,
-    evaluate_expression, get_task, has_think_answer_format, last_answer, make_problems, random_expression, split_of,
-)  # fmt: skip
+    MAX_DIGITS,
+    MAX_EXPRESSION_DEPTH,
+    MAX_EXPRESSION_LENGTH,
+    MAX_GRADED_LENGTH,
+    TASKS,
+    Countdown,
+    ExpressionError,
+    evaluate_expression,
+    get_task,
+    has_think_answer_format,
+    last_answer,
+    make_problems,
+    random_expression,
+    split_of,
+)
 
 quick = settings(max_examples=300, deadline=None)
 
@@ -53,8 +65,9 @@ def independent_evaluation(text: str) -> tuple[Fraction, list[int]]:
         left, right = value(node.left), value(node.right)
         if isinstance(node.op, ast.Div) and right == 0:
             raise ValueError("division by zero")
-        return {"Add": left + right, "Sub": left - right, "Mult": left * right,
-                "Div": left / (right or 1)}[type(node.op).__name__]  # fmt: skip
+        return {"Add": left + right, "Sub": left - right, "Mult": left * right, "Div": left / (right or 1)}[
+            type(node.op).__name__
+        ]
 
     return value(tree), numbers
 
@@ -63,15 +76,17 @@ def outcome(evaluator, text: str):
     """What an evaluator says about a text: value and numbers, or None for a refusal."""
     try:
         return evaluator(text)
-    except (ExpressionError if evaluator is evaluate_expression else ValueError):
+    except ValueError:  # an ExpressionError is one too
         return None
 
 
 blanks = st.sampled_from(["", " ", "\n", "\t", "  "])
 expressions = st.recursive(
     st.integers(0, 120).map(str) | st.sampled_from(["007", "0", "999999", "1000000"]),
-    lambda inner: st.tuples(inner, blanks, st.sampled_from("+-*/"), blanks, inner).map("".join)
-    | st.tuples(blanks, inner, blanks).map(lambda parts: "(" + "".join(parts) + ")"),
+    lambda inner: (
+        st.tuples(inner, blanks, st.sampled_from("+-*/"), blanks, inner).map("".join)
+        | st.tuples(blanks, inner, blanks).map(lambda parts: "(" + "".join(parts) + ")")
+    ),
     max_leaves=12,
 )
 
@@ -89,34 +104,95 @@ def test_near_expressions_are_judged_alike(text):
 
 
 @quick
-@given(st.text(alphabet=st.sampled_from(string.printable + "٣３＋−×÷²½_\x00\u2028\ud800"), max_size=20) | st.text(max_size=40))
+@given(
+    st.text(alphabet=st.sampled_from(string.printable + "٣３＋−×÷²½_\x00\u2028\ud800"), max_size=20)
+    | st.text(max_size=40)
+)
 def test_garbage_is_judged_alike(text):
     assert outcome(evaluate_expression, text) == outcome(independent_evaluation, text)
 
 
-@pytest.mark.parametrize(("text", "value", "numbers"), [
-    ("7", 7, [7]),
-    ("2 + 3 * 4", 14, [2, 3, 4]),
-    ("(2 + 3) * 4", 20, [2, 3, 4]),
-    ("2 - 3 - 4", -5, [2, 3, 4]),
-    ("24 / 4 / 2", 3, [24, 4, 2]),
-    ("8 / (3 - 8 / 3)", 24, [8, 3, 8, 3]),
-    ("1 / 3", Fraction(1, 3), [1, 3]),
-    (" \n((9))\t", 9, [9]),
-    ("007", 7, [7]),
-    ("0 / 5", 0, [0, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "value", "numbers"),
+    [
+        ("7", 7, [7]),
+        ("2 + 3 * 4", 14, [2, 3, 4]),
+        ("(2 + 3) * 4", 20, [2, 3, 4]),
+        ("2 - 3 - 4", -5, [2, 3, 4]),
+        ("24 / 4 / 2", 3, [24, 4, 2]),
+        ("8 / (3 - 8 / 3)", 24, [8, 3, 8, 3]),
+        ("1 / 3", Fraction(1, 3), [1, 3]),
+        (" \n((9))\t", 9, [9]),
+        ("007", 7, [7]),
+        ("0 / 5", 0, [0, 5]),
+    ],
+)
 def test_values_worked_by_hand(text, value, numbers):
     assert evaluate_expression(text) == (value, numbers)
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "\n", "()", "(", ")", "(1", "1)", "1 +", "+ 1", "-1", "1 + -1", "--1", "1 2", "(1)(2)", "2(3)", "1 ++ 1",
-    "1 // 2", "2 ** 3", "99**98**97", "1_0", "1.5", "1.", ".5", "1e3", "0x10", "1j", "1,2", "1 = 1", "1 == 1", "x", "1 % 2",
-    "1 / 0", "1 / (2 - 2)", "0 / 0", "1 & 1", "~1", "1 < 2", "[1]", "'1'", "1;2", "1#2", "\u0663 + 1", "\uff13 + 1",
-    "3 \uff0b 1", "3 \u2212 1", "3 \u00d7 1", "6 \u00f7 2", "2\u00b2", "\u00bd", "\u2460", "3\u00a0+ 1", "3\u200b+1", "1\r+1", "1\x00",
-    "__import__('os').system('true')", "\ud800",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n",
+        "()",
+        "(",
+        ")",
+        "(1",
+        "1)",
+        "1 +",
+        "+ 1",
+        "-1",
+        "1 + -1",
+        "--1",
+        "1 2",
+        "(1)(2)",
+        "2(3)",
+        "1 ++ 1",
+        "1 // 2",
+        "2 ** 3",
+        "99**98**97",
+        "1_0",
+        "1.5",
+        "1.",
+        ".5",
+        "1e3",
+        "0x10",
+        "1j",
+        "1,2",
+        "1 = 1",
+        "1 == 1",
+        "x",
+        "1 % 2",
+        "1 / 0",
+        "1 / (2 - 2)",
+        "0 / 0",
+        "1 & 1",
+        "~1",
+        "1 < 2",
+        "[1]",
+        "'1'",
+        "1;2",
+        "1#2",
+        "\u0663 + 1",
+        "\uff13 + 1",
+        "3 \uff0b 1",
+        "3 \u2212 1",
+        "3 \u00d7 1",
+        "6 \u00f7 2",
+        "2\u00b2",
+        "\u00bd",
+        "\u2460",
+        "3\u00a0+ 1",
+        "3\u200b+1",
+        "1\r+1",
+        "1\x00",
+        "__import__('os').system('true')",
+        "\ud800",
+    ],
+)
 def test_refused(text):
     with pytest.raises(ExpressionError):
         evaluate_expression(text)
@@ -144,32 +220,62 @@ def think(answer: str) -> str:
     return f"<think>3 * 5 = 15, 15 + 7 = 22</think>\n<answer>{answer}</answer>"
 
 
-@pytest.mark.parametrize(("answer", "correct"), [
-    ("3 * 5 + 7", 1), ("7+5*3", 1), ("(5 * 3) + 7", 1), (" \n3 * 5 + 7\n ", 1), ("((3) * (5) + 7)", 1),
-    ("15 + 7", 0),  # 15 is none of the numbers
-    ("3 * 5", 0), ("22", 0), ("", 0), (" ", 0),  # numbers are missing
-    ("3 * 5 + 7 + 3 - 3", 0), ("3 * 5 + 7 * 5 / 5", 0), ("3 * 5 + 7 + 0", 0), ("3 * 5 + 7 * 1", 0),  # too many
-    ("3 + 5 + 7", 0), ("7 * 5 - 3", 0), ("3 * 7 + 5", 0), ("3 - 5 * 7", 0),  # another value
-    ("3 * 5 + 7 = 22", 0), ("22 = 3 * 5 + 7", 0), ("3 * 5 + 7.", 0), ("$3 * 5 + 7$", 0), ("3 x 5 + 7", 0),
-    ("- 3 * -5 + 7", 0), ("3 * 5 + 7 / 0", 0), ("3 * 5 + 7 ** 1", 0), ("\uff13 * 5 + 7", 0), ("3 * 5 \uff0b 7", 0),
-    ("1" * 300, 0), ("(" * 300 + "1" + ")" * 300, 0), ("1+" * 49_000 + "1", 0), ("3 * 5 + 7" + " " * 90_000, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        ("3 * 5 + 7", 1),
+        ("7+5*3", 1),
+        ("(5 * 3) + 7", 1),
+        (" \n3 * 5 + 7\n ", 1),
+        ("((3) * (5) + 7)", 1),
+        ("15 + 7", 0),  # 15 is none of the numbers
+        ("3 * 5", 0),
+        ("22", 0),
+        ("", 0),
+        (" ", 0),  # numbers are missing
+        ("3 * 5 + 7 + 3 - 3", 0),
+        ("3 * 5 + 7 * 5 / 5", 0),
+        ("3 * 5 + 7 + 0", 0),
+        ("3 * 5 + 7 * 1", 0),  # too many
+        ("3 + 5 + 7", 0),
+        ("7 * 5 - 3", 0),
+        ("3 * 7 + 5", 0),
+        ("3 - 5 * 7", 0),  # another value
+        ("3 * 5 + 7 = 22", 0),
+        ("22 = 3 * 5 + 7", 0),
+        ("3 * 5 + 7.", 0),
+        ("$3 * 5 + 7$", 0),
+        ("3 x 5 + 7", 0),
+        ("- 3 * -5 + 7", 0),
+        ("3 * 5 + 7 / 0", 0),
+        ("3 * 5 + 7 ** 1", 0),
+        ("\uff13 * 5 + 7", 0),
+        ("3 * 5 \uff0b 7", 0),
+        ("1" * 300, 0),
+        ("(" * 300 + "1" + ")" * 300, 0),
+        ("1+" * 49_000 + "1", 0),
+        ("3 * 5 + 7" + " " * 90_000, 1),
+    ],
+)
 def test_answer(answer, correct):
     assert TASK.reward(think(answer), REFERENCE) == {"reward": correct + 0.1, "answer": correct, "format": 1.0}
 
 
-@pytest.mark.parametrize(("nums", "target", "answer", "correct"), [
-    ([3, 3, 8, 8], 24, "8 / (3 - 8 / 3)", 1),  # only exact with fractions
-    ([1, 3, 3], 1, "1 / 3 * 3", 1),
-    ([1, 2], 12, "12", 0),  # digits are not glued together
-    ([5, 5, 1], 11, "5 + 5 + 1", 1),  # a repeated number is used as often as it is given
-    ([5, 5, 1], 6, "5 + 1", 0),
-    ([5, 1], 11, "5 + 5 + 1", 0),
-    ([4, 6], 10, "6 + 4", 1),
-    ([1, 7], 0, "7 - 7 * 1", 0),
-    ([7, 3], 2, "7 / 3", 0),  # 2.33 is not rounded
-    ([1000000, 1], 1000001, "1000000 + 1", 0),  # beyond the bound on digits
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("nums", "target", "answer", "correct"),
+    [
+        ([3, 3, 8, 8], 24, "8 / (3 - 8 / 3)", 1),  # only exact with fractions
+        ([1, 3, 3], 1, "1 / 3 * 3", 1),
+        ([1, 2], 12, "12", 0),  # digits are not glued together
+        ([5, 5, 1], 11, "5 + 5 + 1", 1),  # a repeated number is used as often as it is given
+        ([5, 5, 1], 6, "5 + 1", 0),
+        ([5, 1], 11, "5 + 5 + 1", 0),
+        ([4, 6], 10, "6 + 4", 1),
+        ([1, 7], 0, "7 - 7 * 1", 0),
+        ([7, 3], 2, "7 / 3", 0),  # 2.33 is not rounded
+        ([1000000, 1], 1000001, "1000000 + 1", 0),  # beyond the bound on digits
+    ],
+)
 def test_answer_with_other_numbers(nums, target, answer, correct):
     assert TASK.reward(think(answer), {"nums": nums, "target": target})["answer"] == correct
 
@@ -177,38 +283,58 @@ def test_answer_with_other_numbers(nums, target, answer, correct):
 RIGHT, WRONG = "<answer>3 * 5 + 7</answer>", "<answer>3 + 5 + 7</answer>"
 
 
-@pytest.mark.parametrize(("text", "correct", "well_formed"), [
-    (f"<think>so</think>\n{RIGHT}", 1, 1),
-    (f"<think>so</think>\n{WRONG}", 0, 1),
-    (f" so</think>\n{RIGHT}", 1, 1),  # the prompt may have opened <think>
-    (f"</think>{RIGHT}", 1, 1),
-    (f"\n <think></think>\n\n{RIGHT}\n ", 1, 1),
-    (f"<think>\n\na < b > c\n</think> {RIGHT}", 1, 1),
-    ("<think>so</think><answer></answer>", 0, 1),
-    ("", 0, 0), ("3 * 5 + 7", 0, 0), (" " * 1000, 0, 0),
-    (RIGHT, 1, 0),  # no thought
-    (f"<think>so\n{RIGHT}", 1, 0), (f"so</think>\n{RIGHT[:-9]}", 0, 0), (f"so</think>\n{RIGHT[8:]}", 0, 0),
-    (f"<think>so</think> therefore {RIGHT}", 1, 0), (f"<think>so</think>{RIGHT}.", 1, 0), (f"{RIGHT}</think>", 1, 0),
-    (f"hm <think>so</think>{RIGHT}", 1, 0),
-    (f"<think>so</think>{RIGHT}<think>", 1, 0), (f"<think>a</think><think>b</think>{RIGHT}", 1, 0),
-    (f"<think><think>a</think></think>{RIGHT}", 1, 0), (f"<think>{RIGHT}</think>", 1, 0),
-    # the last complete answer block counts
-    (f"<think>so</think>{RIGHT}{WRONG}", 0, 0), (f"<think>so</think>{WRONG}{RIGHT}", 1, 0),
-    (f"<think>{WRONG}</think>{RIGHT}", 1, 0), (f"<think>{RIGHT}</think>{WRONG}", 0, 0),
-    (f"{RIGHT} in the middle of a text", 1, 0), (f"{RIGHT}<answer>1", 1, 0), (f"{RIGHT}</answer>", 1, 0),
-    # nested, crossed and made-up tags
-    (f"<think>so</think><answer>{RIGHT}</answer>", 1, 0),
-    ("<answer><answer>3 * 5 + 7</answer>1</answer>", 1, 0),
-    ("<answer>3 * 5<answer> + 7</answer></answer>", 0, 0), ("</answer>3 * 5 + 7<answer>", 0, 0),
-    ("<answer>3 * 5 + 7<answer>", 0, 0), ("<answer>3 *</answer> 5 + 7</answer>", 0, 0),
-    ("<ANSWER>3 * 5 + 7</ANSWER>", 0, 0), ("< answer>3 * 5 + 7</ answer>", 0, 0), ("<answer >3 * 5 + 7</answer>", 0, 0),
-    ("\uff1canswer\uff1e3 * 5 + 7\uff1c/answer\uff1e", 0, 0), ("<answer/>3 * 5 + 7</answer>", 0, 0),
-    ("<think>so</think><answer>3 * 5 + 7</think></answer>", 0, 0),
-    ("<think>so</think><answer><think>3 * 5 + 7</answer>", 0, 0),
-    # a long text: its end is graded, its format is not
-    ("x" * 200_000 + f"</think>{RIGHT}", 1, 0),
-    (RIGHT + "x" * 200_000, 0, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "correct", "well_formed"),
+    [
+        (f"<think>so</think>\n{RIGHT}", 1, 1),
+        (f"<think>so</think>\n{WRONG}", 0, 1),
+        (f" so</think>\n{RIGHT}", 1, 1),  # the prompt may have opened <think>
+        (f"</think>{RIGHT}", 1, 1),
+        (f"\n <think></think>\n\n{RIGHT}\n ", 1, 1),
+        (f"<think>\n\na < b > c\n</think> {RIGHT}", 1, 1),
+        ("<think>so</think><answer></answer>", 0, 1),
+        ("", 0, 0),
+        ("3 * 5 + 7", 0, 0),
+        (" " * 1000, 0, 0),
+        (RIGHT, 1, 0),  # no thought
+        (f"<think>so\n{RIGHT}", 1, 0),
+        (f"so</think>\n{RIGHT[:-9]}", 0, 0),
+        (f"so</think>\n{RIGHT[8:]}", 0, 0),
+        (f"<think>so</think> therefore {RIGHT}", 1, 0),
+        (f"<think>so</think>{RIGHT}.", 1, 0),
+        (f"{RIGHT}</think>", 1, 0),
+        (f"hm <think>so</think>{RIGHT}", 1, 0),
+        (f"<think>so</think>{RIGHT}<think>", 1, 0),
+        (f"<think>a</think><think>b</think>{RIGHT}", 1, 0),
+        (f"<think><think>a</think></think>{RIGHT}", 1, 0),
+        (f"<think>{RIGHT}</think>", 1, 0),
+        # the last complete answer block counts
+        (f"<think>so</think>{RIGHT}{WRONG}", 0, 0),
+        (f"<think>so</think>{WRONG}{RIGHT}", 1, 0),
+        (f"<think>{WRONG}</think>{RIGHT}", 1, 0),
+        (f"<think>{RIGHT}</think>{WRONG}", 0, 0),
+        (f"{RIGHT} in the middle of a text", 1, 0),
+        (f"{RIGHT}<answer>1", 1, 0),
+        (f"{RIGHT}</answer>", 1, 0),
+        # nested, crossed and made-up tags
+        (f"<think>so</think><answer>{RIGHT}</answer>", 1, 0),
+        ("<answer><answer>3 * 5 + 7</answer>1</answer>", 1, 0),
+        ("<answer>3 * 5<answer> + 7</answer></answer>", 0, 0),
+        ("</answer>3 * 5 + 7<answer>", 0, 0),
+        ("<answer>3 * 5 + 7<answer>", 0, 0),
+        ("<answer>3 *</answer> 5 + 7</answer>", 0, 0),
+        ("<ANSWER>3 * 5 + 7</ANSWER>", 0, 0),
+        ("< answer>3 * 5 + 7</ answer>", 0, 0),
+        ("<answer >3 * 5 + 7</answer>", 0, 0),
+        ("\uff1canswer\uff1e3 * 5 + 7\uff1c/answer\uff1e", 0, 0),
+        ("<answer/>3 * 5 + 7</answer>", 0, 0),
+        ("<think>so</think><answer>3 * 5 + 7</think></answer>", 0, 0),
+        ("<think>so</think><answer><think>3 * 5 + 7</answer>", 0, 0),
+        # a long text: its end is graded, its format is not
+        ("x" * 200_000 + f"</think>{RIGHT}", 1, 0),
+        (RIGHT + "x" * 200_000, 0, 0),
+    ],
+)
 def test_completion(text, correct, well_formed):
     expected = {"reward": correct + 0.1 * well_formed, "answer": correct, "format": well_formed}
     assert TASK.reward(text, REFERENCE) == expected
@@ -221,7 +347,23 @@ def test_rewards_are_plain_numbers():
 
 # --- hostile text -----------------------------------------------------------------------------------------------------
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", "\n", " ", "3 * 5 + 7", "3", "*", "(", "<", "</", "x", "\x00", "\u0663"]
+TAGS = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "\n",
+    " ",
+    "3 * 5 + 7",
+    "3",
+    "*",
+    "(",
+    "<",
+    "</",
+    "x",
+    "\x00",
+    "\u0663",
+]
 
 
 @quick
@@ -238,18 +380,42 @@ def test_no_text_raises_or_earns_without_a_right_answer(text):
 
 MILLION = 1_000_000
 FLOODS = {
-    "letters": "a", "blanks": " ", "lines": "\n", "mixed blanks": " \n\t", "less-than": "<", "thinks": "<think>",
-    "closed thinks": "</think>", "answers": "<answer>", "closed answers": "</answer>", "blocks": RIGHT,
-    "open blocks": "<answer>3 * 5 + 7 ", "half tags": "<answer", "both": "<answer></answer><answer>", "parentheses": "(",
-    "digits": "9", "powers": "9**", "minus": "-", "think blocks": "<think>a</think>", "nul": "\x00", "astral": "\U0001f600",
-}  # fmt: skip
-FRAMES = ["{}", "{}</think>" + RIGHT + "x", "</think>{}", "</think>{}x", "</think>" + RIGHT + "{}x", "<answer>{}</answer>",
-          "x</think><answer>{}", "<think>{}</think><answer>{}</answer>"]  # fmt: skip
+    "letters": "a",
+    "blanks": " ",
+    "lines": "\n",
+    "mixed blanks": " \n\t",
+    "less-than": "<",
+    "thinks": "<think>",
+    "closed thinks": "</think>",
+    "answers": "<answer>",
+    "closed answers": "</answer>",
+    "blocks": RIGHT,
+    "open blocks": "<answer>3 * 5 + 7 ",
+    "half tags": "<answer",
+    "both": "<answer></answer><answer>",
+    "parentheses": "(",
+    "digits": "9",
+    "powers": "9**",
+    "minus": "-",
+    "think blocks": "<think>a</think>",
+    "nul": "\x00",
+    "astral": "\U0001f600",
+}
+FRAMES = [
+    "{}",
+    "{}</think>" + RIGHT + "x",
+    "</think>{}",
+    "</think>{}x",
+    "</think>" + RIGHT + "{}x",
+    "<answer>{}</answer>",
+    "x</think><answer>{}",
+    "<think>{}</think><answer>{}</answer>",
+]
 
 
 @pytest.mark.parametrize("flood", FLOODS)
 def test_time_grows_with_length_and_not_with_its_square(flood):
-    """A regular expression that backtracks takes minutes here: 10^6 characters, and the most that a format is read of."""
+    """A regular expression that backtracks takes minutes here: 10^6 characters, and the most a format is read of."""
     for length in (MAX_GRADED_LENGTH, MILLION):
         for frame in FRAMES:
             room = (length - len(frame)) // (len(FLOODS[flood]) * frame.count("{}"))
@@ -304,7 +470,9 @@ def test_ranges_are_used_in_full():
 
 def test_splits_share_no_multiset_of_numbers():
     task = Countdown(DataConfig(num_numbers=[3], number_max=10, train_size=1500, eval_size=500))  # 220 multisets
-    seen = {split: {tuple(sorted(row["nums"])) for row in task.load(split)} for split in ("train", "validation", "test")}
+    seen = {
+        split: {tuple(sorted(row["nums"])) for row in task.load(split)} for split in ("train", "validation", "test")
+    }
     assert all(len(multisets) > 10 for multisets in seen.values())
     for left, right in itertools.combinations(seen, 2):
         assert not seen[left] & seen[right]
@@ -333,10 +501,13 @@ def test_the_held_out_problems_are_these_for_ever():
     ]
 
 
-@pytest.mark.parametrize("options", [
-    {"num_numbers": [2], "number_max": 2},  # three multisets, none of them a test problem
-    {"num_numbers": [2], "number_max": 2, "target_max": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_numbers": [2], "number_max": 2},  # three multisets, none of them a test problem
+        {"num_numbers": [2], "number_max": 2, "target_max": 1},
+    ],
+)
 def test_an_impossible_generator_says_so(options):
     with pytest.raises(ConfigError, match="no test problem of these num_numbers, number_max and target_max; raise"):
         Countdown(DataConfig(**options)).load("test")
@@ -363,7 +534,7 @@ def test_get_task():
     for name in TASKS:
         assert isinstance(get_task(name), TASKS[name])
     assert get_task("countdown", DataConfig(seed=3)).data.seed == 3
-    with pytest.raises(ConfigError, match="countdwn is not a dataset; did you mean countdown?"):
+    with pytest.raises(ConfigError, match=r"countdwn is not a dataset; did you mean countdown\?"):
         get_task("countdwn")
 
 
@@ -391,8 +562,10 @@ ROWS = [{"nums": [3, 5, 7], "target": 22}, {"nums": [3, 5, 7, 11, 13], "target":
 def test_prompts_with_a_chat_template(tokenizer):
     problems = make_problems(Countdown(DataConfig(response_prefix="")), ROWS, tokenizer, 100)
     assert [problem.prompt_text for problem in problems] == [
-        "<|user|>3 5 7 = 22<|assistant|>", "<|user|>3 5 7 11 13 = 9<|assistant|>", "<|user|>2 2 = 4<|assistant|>",
-    ]  # fmt: skip
+        "<|user|>3 5 7 = 22<|assistant|>",
+        "<|user|>3 5 7 11 13 = 9<|assistant|>",
+        "<|user|>2 2 = 4<|assistant|>",
+    ]
     assert [problem.reference for problem in problems] == ROWS
     assert [problem.index for problem in problems] == [0, 1, 2]
     for problem in problems:
@@ -417,18 +590,28 @@ def test_prompts_without_a_chat_template(tokenizer):
     assert problem.prompt_ids[1:] == tuple(tokenizer(problem.prompt_text, add_special_tokens=False).input_ids)
 
 
-@pytest.mark.parametrize(("given_prefix", "end"), [
-    (None, "<|assistant|>Let me solve this step by step.\n<think>"), ("", "<|assistant|>"), ("\n", "<|assistant|>\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given_prefix", "end"),
+    [
+        (None, "<|assistant|>Let me solve this step by step.\n<think>"),
+        ("", "<|assistant|>"),
+        ("\n", "<|assistant|>\n"),
+    ],
+)
 def test_response_prefix_is_part_of_the_prompt(tokenizer, given_prefix, end):
     problem = make_problems(Countdown(DataConfig(response_prefix=given_prefix)), ROWS, tokenizer, 100)[0]
     assert problem.prompt_text.endswith(end)
     assert problem.prompt_ids == tuple(tokenizer(problem.prompt_text, add_special_tokens=False).input_ids)
 
 
-@pytest.mark.parametrize(("given_prompt", "roles"), [
-    (None, ["system", "user"]), ("Be brief.", ["system", "user"]), ("", ["user"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given_prompt", "roles"),
+    [
+        (None, ["system", "user"]),
+        ("Be brief.", ["system", "user"]),
+        ("", ["user"]),
+    ],
+)
 def test_system_prompt(given_prompt, roles):
     messages = Countdown(DataConfig(system_prompt=given_prompt)).messages(ROWS[0])
     assert [message["role"] for message in messages] == roles

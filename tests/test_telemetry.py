@@ -21,9 +21,15 @@ def close_log():
 def metrics_of(step: int, run: int = 0) -> dict[str, float]:
     """Metrics as the loop writes them; `run` tells two processes apart."""
     metrics = {
-        "train/reward": step + run / 10, "train/answer": 0.5, "train/entropy": 1.25, "train/kl_k3": 0.0,
-        "rollout/tokens_per_second": 1000, "rollout/length": 20.0, "time/rollout": 0.5, "time/update": 0.25,
-    }  # fmt: skip
+        "train/reward": step + run / 10,
+        "train/answer": 0.5,
+        "train/entropy": 1.25,
+        "train/kl_k3": 0.0,
+        "rollout/tokens_per_second": 1000,
+        "rollout/length": 20.0,
+        "time/rollout": 0.5,
+        "time/update": 0.25,
+    }
     return {"eval/greedy": 0.25, "eval/pass@1": 0.2} if step == 0 else metrics
 
 
@@ -103,10 +109,23 @@ def test_a_resumed_run_replaces_the_steps_it_takes_again(tmp_path, first_step):
     assert texts == [f"step {step} run {int(step >= first_step)}" for step in range(6)]
 
 
-@pytest.mark.parametrize("tail", [
-    b'{"step": 4, "train/rew', b'{"step": 4, "train/reward": 1.0', b"\x00\x00\x00", b"\xff\xfe", b"5\n", b"[1]\n", b"null\n",
-    b'{"reward": 1}\n', b'{"step": null}\n', b'{"step": "2"}\n', b"\n\n", b"",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"step": 4, "train/rew',
+        b'{"step": 4, "train/reward": 1.0',
+        b"\x00\x00\x00",
+        b"\xff\xfe",
+        b"5\n",
+        b"[1]\n",
+        b"null\n",
+        b'{"reward": 1}\n',
+        b'{"step": null}\n',
+        b'{"step": "2"}\n',
+        b"\n\n",
+        b"",
+    ],
+)
 def test_a_broken_last_line_is_dropped(tmp_path, tail):
     write_run(tmp_path, range(4), first_step=0)
     path = tmp_path / "metrics.jsonl"
@@ -140,7 +159,14 @@ def test_no_metrics_file_yet(tmp_path):
 
 
 def test_hparams_are_written_with_the_final_metrics(tmp_path):
-    settings = {"loss_type": "kl", "beta": 0.04, "batch_size": 64, "flag": True, "max_steps": None, "betas": [0.9, 0.95]}
+    settings = {
+        "loss_type": "kl",
+        "beta": 0.04,
+        "batch_size": 64,
+        "flag": True,
+        "max_steps": None,
+        "betas": [0.9, 0.95],
+    }
     telemetry = Telemetry(tmp_path, 0, 1)
     telemetry.write_step(1, metrics_of(1))
     telemetry.write_hparams(settings, {"eval/greedy": 0.5, "train/reward": 0.25, "train/loss": 9.0})
@@ -150,9 +176,17 @@ def test_hparams_are_written_with_the_final_metrics(tmp_path):
         events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     )
     kept = {name: value.string_value or value.bool_value or value.number_value for name, value in start.hparams.items()}
-    assert kept == {"loss_type": "kl", "beta": 0.04, "batch_size": 64, "flag": True, "max_steps": "None",
-                    "betas": "[0.9, 0.95]"}  # fmt: skip
-    experiment = metadata.parse_experiment_plugin_data(events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content)
+    assert kept == {
+        "loss_type": "kl",
+        "beta": 0.04,
+        "batch_size": 64,
+        "flag": True,
+        "max_steps": "None",
+        "betas": "[0.9, 0.95]",
+    }
+    experiment = metadata.parse_experiment_plugin_data(
+        events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    )
     assert {metric.name.tag for metric in experiment.metric_infos} == {"eval/greedy", "train/reward"}
     assert len(list((tmp_path / "tb").iterdir())) == 1, "hparams belong into the run's own event file"
 

@@ -11,16 +11,35 @@ from transformers import AutoModelForCausalLM
 
 from src.config import ConfigError, load_config
 from src.train_grpo import (
-    add_advantages, add_loss_weights, evaluate, learning_rate_at, loss_of_microbatch, microbatches, pass_at_k, prepare,
-    questions_of_step, run_evaluation, run_training, sample, train_step, update,
-)  # fmt: skip
+    add_advantages,
+    add_loss_weights,
+    evaluate,
+    learning_rate_at,
+    loss_of_microbatch,
+    microbatches,
+    pass_at_k,
+    prepare,
+    questions_of_step,
+    run_evaluation,
+    run_training,
+    sample,
+    train_step,
+    update,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "configs_tiny"
 SMALL = [
-    "training.batch_size=24", "training.num_questions_per_batch=6", "training.minibatches=2", "data.eval_size=8",
-    "data.train_size=20", "data.eval_samples=2", "training.max_steps=4", "training.eval_interval=2",
-    "training.ckpt_save_interval=2", "training.inference_batch_size=16",
-]  # fmt: skip
+    "training.batch_size=24",
+    "training.num_questions_per_batch=6",
+    "training.minibatches=2",
+    "data.eval_size=8",
+    "data.train_size=20",
+    "data.eval_samples=2",
+    "training.max_steps=4",
+    "training.eval_interval=2",
+    "training.ckpt_save_interval=2",
+    "training.inference_batch_size=16",
+]
 
 
 def small_config(*overrides: str, name: str = "config_kl_beta0.04_tiny"):
@@ -47,7 +66,11 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(kl_run, loss_agg):
     gradients = []
     for size, tokens in ((1, None), (5, None), (1000, None), (1, 90)):
         run.config.training = replace(
-            run.config.training, micro_batch_size=size, max_tokens_per_microbatch=tokens, loss_agg=loss_agg, entropy_coef=0.1
+            run.config.training,
+            micro_batch_size=size,
+            max_tokens_per_microbatch=tokens,
+            loss_agg=loss_agg,
+            entropy_coef=0.1,
         )
         weighted = add_loss_weights(groups, run.config.training)
         run.model.zero_grad()
@@ -69,8 +92,13 @@ def test_metrics_are_of_the_whole_step_not_of_a_micro_batch(kl_run):
     results = []
     for size in (2, 1000):
         run.model.load_state_dict(before)
-        run.config.training = replace(run.config.training, micro_batch_size=size, max_tokens_per_microbatch=None,
-                                      minibatches=1, learning_rate=1e-9)  # fmt: skip
+        run.config.training = replace(
+            run.config.training,
+            micro_batch_size=size,
+            max_tokens_per_microbatch=None,
+            minibatches=1,
+            learning_rate=1e-9,
+        )
         run.model.zero_grad()
         results.append(update(run, groups, step=2))
     run.model.load_state_dict(before)
@@ -91,7 +119,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
     assert [line["step"] for line in lines[1]] == [0, 1, 2, 3, 4]
     for one, other in zip(*lines, strict=True):
-        timed = {name for name in one if name.startswith("time/") or "per_second" in name}
+        timed = {name for name in one if name.startswith(("time/", "memory/")) or "per_second" in name}
         assert {n: v for n, v in one.items() if n not in timed} == {n: v for n, v in other.items() if n not in timed}
 
 
@@ -104,10 +132,27 @@ def test_a_run_folder_holds_what_the_readme_says(tmp_path, capsys):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = {"step", "eval/greedy", "eval/pass@1", "eval/pass@2", "eval/format", "eval/length"}
     assert wanted <= set(lines[0]) and wanted <= set(lines[2])
-    assert {"train/reward", "train/answer", "train/format", "train/entropy", "train/kl_k1", "train/kl_k3", "train/loss",
-            "train/policy_loss", "train/penalty", "train/grad_norm", "train/learning_rate", "train/clip_fraction",
-            "train/groups_without_variance", "rollout/length", "rollout/finished", "rollout/mismatch",
-            "rollout/tokens_per_second", "time/rollout", "time/update"} <= set(lines[1])  # fmt: skip
+    assert {
+        "train/reward",
+        "train/answer",
+        "train/format",
+        "train/entropy",
+        "train/kl_k1",
+        "train/kl_k3",
+        "train/loss",
+        "train/policy_loss",
+        "train/penalty",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/clip_fraction",
+        "train/groups_without_variance",
+        "rollout/length",
+        "rollout/finished",
+        "rollout/mismatch",
+        "rollout/tokens_per_second",
+        "time/rollout",
+        "time/update",
+    } <= set(lines[1])
     assert lines[1]["rollout/mismatch"] < 1e-4
     before = (folder / "metrics.jsonl").read_bytes()
     capsys.readouterr()
@@ -123,11 +168,19 @@ def test_a_run_folder_holds_what_the_readme_says(tmp_path, capsys):
 @pytest.mark.parametrize("loss_type", ["none", "kl", "approx_kl", "ot", "maxent", "listwise_kl"])
 def test_every_loss_type_trains_on_the_embedded_model(loss_type):
     """A few steps at the real settings, smaller: the sampled reward rises, and no number is missing or infinite."""
-    config = load_config(CONFIGS / "config_none_tiny.yaml", [
-        f"training.loss_type={loss_type}", "training.batch_size=128", "training.num_questions_per_batch=16",
-        "training.learning_rate=1e-3" if loss_type == "listwise_kl" else "training.learning_rate=6e-4",
-        "training.minibatches=2", "data.eval_size=64", "data.eval_samples=4", "data.train_size=16",
-    ])  # fmt: skip
+    config = load_config(
+        CONFIGS / "config_none_tiny.yaml",
+        [
+            f"training.loss_type={loss_type}",
+            "training.batch_size=128",
+            "training.num_questions_per_batch=16",
+            "training.learning_rate=1e-3" if loss_type == "listwise_kl" else "training.learning_rate=6e-4",
+            "training.minibatches=2",
+            "data.eval_size=64",
+            "data.eval_samples=4",
+            "data.train_size=16",
+        ],
+    )
     run = prepare(config, "countdown")
     rewards = []
     for step in range(1, 9):
@@ -152,7 +205,11 @@ def test_the_anchor_follows_when_told_to():
         pairs = zip(run.model.parameters(), run.anchor.parameters(), strict=True)
         return sum(float((a.detach() - b).abs().sum()) for a, b in pairs)
 
-    for overrides, moves in (((), False), (("training.reference_sync_steps=1",), True), (("training.anchor=rollout",), True)):
+    for overrides, moves in (
+        ((), False),
+        (("training.reference_sync_steps=1",), True),
+        (("training.anchor=rollout",), True),
+    ):
         run = prepare(small_config("training.loss_type=approx_kl", *overrides), "countdown")
         initial = [p.clone() for p in run.anchor.parameters()]
         train_step(run, 1)
