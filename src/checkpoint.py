@@ -4,6 +4,7 @@ A checkpoint is one folder, written beside its final name and then renamed, so t
 for a whole one. Data order and sampling are functions of (seed, step) and need no state of their own.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -165,6 +166,8 @@ def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, extra:
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
     torch.save(state, partial / "training_state.pt")
+    if "controllers" in extra:  # for people to read; what is loaded is in training_state.pt
+        (partial / "controllers.json").write_text(json.dumps(extra["controllers"], indent=2) + "\n", encoding="utf-8")
     replace_folder(partial, final)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)

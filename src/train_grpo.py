@@ -476,6 +476,7 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
         logger.info(f"before training: {accuracy_line(first)}")
         telemetry.write_step(0, first)
         start = 1
+    metrics = last
     for step in range(start, run.max_steps + 1):
         metrics, groups = train_step(run, step)
         at_end = step == run.max_steps

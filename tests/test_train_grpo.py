@@ -190,6 +190,28 @@ def test_every_loss_type_trains_on_the_embedded_model(loss_type):
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1
 
 
+def test_controllers_move_tau_and_beta_and_survive_a_restart(tmp_path):
+    """maxent with both controllers: the run that was interrupted ends with the same tau and beta as the whole one."""
+    moving = ["training.tau_target_entropy=0.5", "training.tau_lr=0.5", "training.beta_kl_target=1e-6"]
+    for name, lengths in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in lengths:
+            config = small_config(*moving, f"training.max_steps={steps}", name="config_maxent_tau0.1_beta0.04_tiny")
+            run_training(config, "countdown", tmp_path / name)
+    states = []
+    for name in ("whole", "parts"):
+        folder = tmp_path / name / "runs" / "config_maxent_tau0.1_beta0.04_tiny_countdown"
+        states.append((folder / "checkpoints" / "step_000004" / "controllers.json").read_text())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["maxent/tau"] < 0.1 and rows[-1]["train/beta"] > 0.04
+    assert states[0] == states[1]
+
+
+def test_maxent_without_a_reference_weight_trains():
+    run = prepare(small_config("training.beta=0", name="config_maxent_tau0.1_beta0.04_tiny"), "countdown")
+    metrics, _ = train_step(run, 1)
+    assert metrics["train/grad_norm"] > 0
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(kl_run):
     run, groups = kl_run
     before = [parameter.clone() for parameter in run.model.parameters()]
