@@ -61,6 +61,14 @@ class DataConfig:
         "test", "Held-out split to evaluate on; choose settings on `validation`.", choices=("test", "validation")
     )
     eval_samples: int = key(8, "Completions sampled for each evaluation problem, for pass@1 and pass@k.", minimum=1)
+    eval_temperature: float | None = key(
+        None, "Sampling temperature of the evaluation; empty: training.temperature.", above=0
+    )
+    eval_top_p: float = key(1.0, "Evaluation samples from the likeliest tokens of this mass.", above=0, maximum=1)
+    eval_top_k: int = key(0, "Evaluation samples from this many likeliest tokens; 0: all.", minimum=0)
+    eval_min_p: float = key(
+        0.0, "Evaluation samples from tokens of at least this times the largest probability.", minimum=0, maximum=1
+    )
     num_numbers: list[int] = key(
         [3, 4], "countdown: how many numbers a problem has; one of these at random.", minimum=2, maximum=6
     )
@@ -83,7 +91,7 @@ class TrainingConfig:
     num_epochs: int = key(1, "Passes over the training problems when max_steps is empty.", minimum=1)
     batch_size: int = key(256, "Completions a step.", minimum=2)
     num_questions_per_batch: int = key(
-        32, "Prompts a step; a group is batch_size / num_questions_per_batch.", minimum=1
+        0, "Prompts a step; a group is batch_size / num_questions_per_batch. 0: groups of 8.", minimum=0
     )
     max_prompt_len: int = key(
         256, "Longest prompt in tokens; a longer one is left out, with a count in the log.", minimum=1
@@ -91,6 +99,12 @@ class TrainingConfig:
     max_gen_len: int = key(1024, "Longest completion in tokens.", minimum=1)
     inference_batch_size: int = key(256, "Completions decoded at once (slots of the key-value cache).", minimum=1)
     temperature: float = key(1.0, "Sampling temperature; log-probs are those of the tempered distribution.", above=0)
+    stop_strings: list[str] | None = key(
+        None, "A completion ends with the token that completes one of these texts; empty: none."
+    )
+    max_retry_rounds: int = key(
+        2, "A prompt whose logits were not finite is sampled again this often, and then left out.", minimum=0
+    )
     micro_batch_size: int = key(8, "Completions a forward and backward pass; never changes the result.", minimum=1)
     max_tokens_per_microbatch: int | None = key(
         None, "Token budget of a pass, in place of micro_batch_size.", minimum=1
@@ -362,6 +376,7 @@ def fill_section(section: str, given: dict, source: str) -> Any:
 def check_combinations(config: Config, given: dict[str, dict], source: str) -> None:
     """Rules that concern several keys at once."""
     training = config.training
+    training.num_questions_per_batch = training.num_questions_per_batch or max(1, training.batch_size // 8)
     questions, size = training.num_questions_per_batch, training.batch_size
     if size % questions or size // questions < 2:
         raise ConfigError(
@@ -379,6 +394,8 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
         raise ConfigError(f"{source}: training.meta_lr needs training.tau_target_entropy, the entropy to steer to")
     if training.tau_min > training.tau_max or training.beta_min > training.beta_max:
         raise ConfigError(f"{source}: training.tau_min and beta_min must not exceed tau_max and beta_max")
+    if "" in (training.stop_strings or []):
+        raise ConfigError(f"{source}: training.stop_strings must not hold an empty text; every completion contains it")
     if len(training.betas) != 2 or training.betas[1] == 0:
         raise ConfigError(
             f"{source}: training.betas must be two numbers such as [0.9, 0.999], the second above 0, not "

@@ -49,14 +49,16 @@ Penalty = Callable[[PenaltyInputs, object], tuple[Tensor, dict[str, Tensor]]]
 PENALTIES: dict[str, Penalty] = {}
 
 
-def penalty(name: str, anchor: bool = True, exact_kl: bool = False, objective: bool = False):
-    """Register a penalty and say what it needs: scores of the anchor, the exact KL.
+def penalty(name: str, anchor: bool = True, exact_kl: bool = False, objective: bool = False, per_episode=False):
+    """Register a penalty, and say whether it needs the anchor's scores and the exact KL, and returns [E] and not [N].
 
-    An `objective` takes the place of the policy term, with weight 1, and sees each group whole.
+    An `objective` takes the place of the policy term, with weight 1, and sees each group whole. `per_episode` may be a
+    function of the training config.
     """
 
     def register(function: Penalty) -> Penalty:
         function.needs_anchor, function.needs_exact_kl, function.is_objective = anchor, exact_kl, objective
+        function.per_episode = per_episode if callable(per_episode) else lambda training: per_episode
         PENALTIES[name] = function
         return function
 
@@ -76,7 +78,7 @@ def no_penalty(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     return torch.zeros_like(inputs.scores.logprobs), {}
 
 
-@penalty("kl", exact_kl=True)
+@penalty("kl", exact_kl=True, per_episode=lambda training: training.kl_target > 0)
 def exact_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """KL over the whole vocabulary at every sampled position; src/scoring.py computes it in `kl_direction`."""
     return hinge(inputs.scores.kl, training.kl_target, inputs), {}
@@ -94,7 +96,7 @@ def kl_estimates(logprobs: Tensor, anchor_logprobs: Tensor) -> dict[str, Tensor]
     return {"k1": -log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(bounded) - bounded}
 
 
-@penalty("approx_kl")
+@penalty("approx_kl", per_episode=lambda training: training.kl_target > 0)
 def approximate_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """A sampled estimate, `kl_estimator`; tokens of an older policy are reweighted by the (constant) ratio."""
     scores = inputs.scores
@@ -103,7 +105,7 @@ def approximate_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     return hinge(log_weight.exp() * estimate, training.kl_target, inputs), {}
 
 
-@penalty("ot")
+@penalty("ot", per_episode=True)
 def optimal_transport(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """Sinkhorn divergence between the policy's and the anchor's last hidden states along each completion, [E]."""
     value = sinkhorn_divergence(
@@ -140,10 +142,10 @@ def policy_loss(logprobs: Tensor, batch: PackedBatch, training) -> tuple[Tensor,
         return -weight * advantages * logprobs, (ratio > 1 + high).float()
     bounded = ratio if training.delta is None else ratio.clamp(max=training.delta)
     surrogate = torch.minimum(bounded * advantages, clipped * advantages)
-    return -surrogate, (surrogate < ratio * advantages).float()
+    return -surrogate, (surrogate != ratio * advantages).float()
 
 
-@penalty("maxent", objective=True)
+@penalty("maxent", objective=True, per_episode=True)
 def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """Weighted maximum likelihood towards the closed-form weights of src/maxent.py, on mean token log-probs, [E].
 
@@ -181,7 +183,7 @@ def weight_metrics(weights, q, reference_logprobs, advantages, mask, training) -
     return metrics
 
 
-@penalty("listwise_kl", anchor=False, objective=True)
+@penalty("listwise_kl", anchor=False, objective=True, per_episode=True)
 def listwise_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """KL over a group between the softmax of the scores and the softmax of the policy's sequence log-probs, [E].
 

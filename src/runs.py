@@ -119,6 +119,7 @@ def by_seed(runs: list[Run]) -> dict[str, list[Run]]:
     groups: dict[str, tuple[dict, dict]] = {}  # settings as text -> settings, {seed: run}
     for run in runs:
         settings = run.options | {"dataset": run.dataset} if run.config else {"folder": str(run.folder)}
+        settings = {name: value for name, value in settings.items() if value is not None}  # as good as not given
         seed = settings.pop("training.random_seed", None)
         _, seeds = groups.setdefault(json.dumps(settings, sort_keys=True, default=str), (settings, {}))
         if seed not in seeds or run.last_step > seeds[seed].last_step:
@@ -126,11 +127,12 @@ def by_seed(runs: list[Run]) -> dict[str, list[Run]]:
     named = [
         (method(next(iter(seeds.values()))), settings, list(seeds.values())) for settings, seeds in groups.values()
     ]
-    always = differing([settings for _, settings, _ in named]) & {"dataset", "model.pretrained_model_path"}
+    always = differing([settings for _, settings, _ in named if "dataset" in settings])
+    always &= {"dataset", "model.pretrained_model_path"}
     labelled = {}
     for name, settings, members in named:
         namesakes = differing([other for other_name, other, _ in named if other_name == name])
-        told = [f"{key.rpartition('.')[2]} {settings.get(key)}" for key in sorted(always | namesakes)]
+        told = [f"{key.rpartition('.')[2]} {settings[key]}" for key in sorted(always | namesakes) if key in settings]
         labelled[", ".join([name, *told]).replace("pretrained_model_path", "model")] = members
     return dict(sorted(labelled.items()))
 
@@ -151,8 +153,10 @@ def mean_and_band(runs: list[Run], tag: str) -> tuple[np.ndarray, np.ndarray, np
     return np.array(steps), table.mean(0), table.min(0), table.max(0)
 
 
-def frontier(runs: list[Run], tag: str = "eval/pass@1") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, KL to the reference (k3, nats a token) and accuracy at the evaluations, means over the runs.
+def frontier(
+    runs: list[Run], tag: str = "eval/pass@1", distance_tag: str = "train/kl_k3"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, KL to the reference (nats a token) and accuracy at the evaluations, means over the runs.
 
     Before the first step the KL is 0: the policy is the reference. Where the anchor moves the KL is to something else,
     and there is no frontier. The KL of a step is measured on what it sampled, the accuracy after its update.
@@ -160,7 +164,7 @@ def frontier(runs: list[Run], tag: str = "eval/pass@1") -> tuple[np.ndarray, np.
     if any(run.options.get("training.anchor") == "rollout" or run.options.get("training.reference_sync_steps")
            for run in runs):  # fmt: skip
         runs = []
-    accuracy, distance = (dict(zip(*mean_and_band(runs, name)[:2], strict=True)) for name in (tag, "train/kl_k3"))
+    accuracy, distance = (dict(zip(*mean_and_band(runs, name)[:2], strict=True)) for name in (tag, distance_tag))
     distance[0] = 0.0
     steps = sorted(accuracy.keys() & distance.keys())
     return tuple(np.array(column) for column in (steps, [distance[s] for s in steps], [accuracy[s] for s in steps]))

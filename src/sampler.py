@@ -3,8 +3,8 @@
 Every prompt is prefilled once. Completions then decode together in slots of a preallocated key-value cache; a finished
 one gives its slot to the next waiting one, and when none waits the live ones move together, so that the dead are not
 decoded. A prompt's keys are read once for all of its completions, never copied per completion.
-Random numbers are a hash of (seed, step, problem, sample, position): a completion does not depend on its neighbours,
-on its slot or on how many slots there are. The model's own generation_config is not read, but for the end tokens.
+A completion does not depend on its neighbours, on its slot or on how many slots there are (src/token_choice.py). The
+model's own generation_config is not read, but for the end tokens.
 Not here: CUDA graphs, paged caches, speculative decoding. On a GPU every step launches its kernels one by one.
 """
 
@@ -13,128 +13,24 @@ import math
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from src.config import ConfigError
 from src.packing import Episode, Group, PackedAttention
 from src.rl_datasets import Problem
 from src.scoring import head_logits
+from src.token_choice import SamplingSettings, choose_tokens, episode_key
 
 logger = logging.getLogger("grpo")
 
 SYNC_EVERY = 4  # decode steps between looks at which completions have ended (each look waits for the device)
 PREFILL_TOKENS = 16384  # prompt tokens of one prefill pass
 WAVE = 4  # prompts are prefilled for up to this many completions a slot at a time; the end of a wave decodes few
-BLOCK = 256  # vocabulary entries whose probabilities are summed before the cumulative sum
+PLAIN = {"skip_special_tokens": True}  # how tokens become the text that is graded
 MEMORY_SHARE = 0.8  # of the free memory, for the caches; the rest is for activations
-WORD = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How to sample. temperature 0 is greedy; `stream` keeps evaluation and training random numbers apart.
-
-    top_k, top_p and min_p cut the tempered distribution, in this order, and are for evaluation: the trainer scores the
-    whole distribution. A completion also ends with the token that completes one of `stop_strings`.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    slots: int
-    eos_ids: tuple[int, ...]
-    seed: int
-    stream: int = 0  # the training step, or a negative number for evaluation
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
-    max_retry_rounds: int = 2  # a prompt whose logits were not finite is sampled again this often
-
-
-def mix64(value: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014) on a Python integer."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
-    return value ^ (value >> 31)
-
-
-def signed(value: int) -> int:
-    """The same 64 bits as torch's int64."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-def episode_key(seed: int, stream: int, problem: int, sample: int) -> int:
-    """Start of an episode's random stream, as a signed 64-bit integer."""
-    value = 0
-    for part in (seed, stream, problem, sample):
-        value = mix64((value + GOLDEN + (part & WORD)) & WORD)
-    return signed(value)
-
-
-def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each key [S] at each position [S], float64: splitmix64 as a counter-based generator."""
-    value = keys + (positions + 1) * signed(GOLDEN)  # int64 arithmetic wraps
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * signed(factor)  # logical shift
-    value = value ^ ((value >> 31) & ((1 << 33) - 1))
-    return ((value >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-
-
-def truncate(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Tempered logits [S, V] with -inf where top-k, top-p or min-p cut a token off. Equal tokens stay or go together."""
-    if 0 < settings.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[:, -1:], -torch.inf)
-    if settings.top_p < 1:
-        ordered = logits.sort(-1, descending=True).values
-        probabilities = ordered.softmax(-1)
-        more_likely = probabilities.cumsum(-1) - probabilities  # [S, V] mass before each token
-        kept = ordered.masked_fill(more_likely >= settings.top_p, torch.inf).amin(-1, keepdim=True)  # [S, 1]
-        logits = logits.masked_fill(logits < kept, -torch.inf)
-    if settings.min_p > 0:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(settings.min_p), -torch.inf)
-    return logits
-
-
-def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The first entry [S, 1] where the cumulative sum of weights [S, N] exceeds uniform [S, 1] of the total.
-
-    Float64, and uniform is below 1: an entry of weight 0 is never chosen.
-    """
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return chosen.clamp_(max=weights.shape[-1] - 1)  # NaN finds no place
-
-
-def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [S] and their log-probs [S] from fp32 logits [S, V], which are overwritten; NaN if those are not finite.
-
-    Inverse CDF in two levels, blocks first and then inside the chosen block: a float64 cumulative sum over a large
-    vocabulary would take longer than the head.
-    """
-    if settings.temperature == 0:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
-    if settings.temperature != 1:
-        logits.div_(settings.temperature)
-    logits = truncate(logits, settings)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # [S, V]
-    vocabulary = weights.shape[-1]
-    blocks, whole = vocabulary // BLOCK, vocabulary // BLOCK * BLOCK
-    inside = weights[:, :whole].unflatten(1, (blocks, BLOCK)).sum(-1)
-    sums = torch.cat([inside, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()  # [S, blocks + 1]
-    uniform = uniforms(keys, positions)[:, None]
-    block = invert_cdf(sums, uniform)  # [S, 1]
-    of_block, total = sums.gather(1, block), sums.sum(-1, keepdim=True)
-    before = sums.cumsum(-1).gather(1, block) - of_block
-    rest = ((uniform * total - before) / of_block).clamp(0, 1 - 2.0**-52)  # the uniform number inside the block
-    columns = block * BLOCK + torch.arange(BLOCK, device=block.device)  # [S, BLOCK]
-    candidates = weights.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill_(columns >= vocabulary, 0)
-    tokens = columns.gather(1, invert_cdf(candidates, rest)).clamp_(max=vocabulary - 1)
-    return tokens[:, 0], (weights.gather(1, tokens) / total).log().float()[:, 0]
 
 
 class PromptCache(PackedAttention):
@@ -169,6 +65,8 @@ class DecodeAttention:
         self.uniform = True  # all slots have the same own length
         self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
         self.device = like.device
+        # bf16 products on a CPU copy a key matrix that is a slice, transposed and slowly: copy it in order before
+        self.dense_keys = like.device.type == "cpu" and like.dtype == torch.bfloat16
 
     def arrange(self, prompt_rows: np.ndarray) -> None:
         """Group the live slots by prompt. prompt_rows [n]: the prompt of each slot."""
@@ -189,13 +87,15 @@ class DecodeAttention:
         all_of_them = len(prompts) == self.prompt_keys.shape[1]
         chosen = torch.from_numpy(prompts).to(self.device)
         self.live_keys, self.live_values = (
-            (cache if all_of_them else cache.index_select(1, chosen))[..., :width, :]
+            (cache if all_of_them else cache.index_select(1, chosen))[..., :width, :].contiguous()
             for cache in (self.prompt_keys, self.prompt_values)
         )  # [layers, A, Hkv, P, D]
         hidden = torch.from_numpy(np.arange(width)[None] >= lengths[:, None]).to(self.device)  # [A, P]
         self.prompt_mask = None
         if (lengths != width).any():
-            self.prompt_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+            self.prompt_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[
+                :, None, None
+            ]
 
     def begin_step(self, lengths: Tensor) -> None:
         """lengths [n]: own tokens already in the cache; this step's goes to that place."""
@@ -204,7 +104,9 @@ class DecodeAttention:
         self.own_mask = None
         if not self.uniform:
             hidden = torch.arange(self.width, device=self.device)[None] > self.lengths[:, None]  # [n, T]
-            self.own_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+            self.own_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[
+                :, None, None
+            ]
 
     def to_table(self, x: Tensor) -> Tensor:
         """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
@@ -223,6 +125,7 @@ class DecodeAttention:
         place = (slice(n), slice(None), self.width - 1) if self.uniform else (self.slots, slice(None), self.lengths)
         self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
         keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
+        keys = keys.contiguous() if self.dense_keys else keys
         query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
         of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
         own = query @ keys.transpose(-1, -2)  # [n, Hkv, R, T]
@@ -278,7 +181,7 @@ def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: Sa
     slots = min(wanted, int(room // (slot + prompt / samples)))  # with a slot comes its share of a prompt
     need = (prompt + slot) / 2**30
     if slots < 1:
-        raise MemoryError(
+        raise ConfigError(
             f"the key-value cache of one completion needs {need:.2f} GiB, but only {free / 2**30:.2f} GiB are free; "
             f"lower training.max_gen_len or training.max_prompt_len, or take a smaller model"
         )
@@ -316,17 +219,17 @@ def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, T
 class SlotDecoder:
     """The state of one generation: which episode sits in which slot, and what has been written so far."""
 
-    def __init__(self, model, problems: Sequence[Problem], samples: int, settings: SamplingSettings):
-        self.model, self.settings, self.samples = model, settings, samples
+    def __init__(self, model, tokenizer, problems: Sequence[Problem], samples: int, slots: int, settings, attempt: int):
+        self.model, self.tokenizer, self.settings, self.samples = model, tokenizer, settings, samples
         self.prompt_hidden, prompt = prefill(model, problems)
-        keys = prompt[0]
-        total = len(problems) * samples
+        keys, device = prompt[0], model.device
+        self.total = total = len(problems) * samples
+        slots = min(slots, total)
         self.attention = DecodeAttention(
-            keys.shape[0], min(settings.slots, total), keys.shape[2], settings.max_new_tokens, keys.shape[4], prompt, keys
+            keys.shape[0], slots, keys.shape[2], settings.max_new_tokens, keys.shape[4], prompt, keys
         )
-        device = model.device
         episode_keys = [
-            episode_key(settings.seed, settings.stream, problem.index, sample)
+            episode_key(settings.seed, settings.stream, problem.index, sample + attempt * samples)
             for problem in problems
             for sample in range(samples)
         ]
@@ -337,58 +240,75 @@ class SlotDecoder:
         self.logprobs = torch.zeros(total, settings.max_new_tokens + 1, device=device)
         self.prompt_lengths = torch.from_numpy(prompt[2]).to(device)
         self.waiting = 0  # the next episode to start
-        self.total = total
-        self.episodes = torch.empty(0, dtype=torch.long, device=device)  # [n] episode of each slot
-        self.lengths = torch.empty(0, dtype=torch.long, device=device)  # [n] own tokens in the cache
-        self.current = torch.empty(0, dtype=torch.long, device=device)  # [n] last token of each slot
-        self.ended = torch.empty(0, dtype=torch.bool, device=device)  # [n]
+        # of each slot [n]: its episode, own tokens in the cache, and last token
+        self.episodes, self.lengths, self.current = torch.zeros(3, slots, dtype=torch.long, device=device)
+        self.ended = torch.ones(slots, dtype=torch.bool, device=device)  # [n] nothing left to decode
+        self.failed = torch.zeros(slots, dtype=torch.bool, device=device)  # [n] because its logits were not finite
 
-    def choose(self, hidden: Tensor, slots: Tensor) -> None:
+    def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
         """Sample the next token of these slots from hidden [s, hidden] and write it down."""
         logits = head_logits(self.model, hidden)  # [s, V] fp32
         episodes, positions = self.episodes[slots], self.lengths[slots]
-        tokens, logprobs = choose_tokens(logits, self.settings.temperature, self.episode_keys[episodes], positions)
+        tokens, logprobs = choose_tokens(logits, self.settings, self.episode_keys[episodes], positions)
         column = positions.clamp(max=self.settings.max_new_tokens)
         self.tokens[episodes, column] = tokens
         self.logprobs[episodes, column] = logprobs
         self.current[slots] = tokens
-        self.ended[slots] |= torch.isin(tokens, self.eos) | (positions + 1 >= self.settings.max_new_tokens)
+        failed = ~logprobs.isfinite()
+        self.failed[slots] |= failed
+        self.ended[slots] |= failed | torch.isin(tokens, self.eos) | (positions + 1 >= self.settings.max_new_tokens)
 
     def start(self, slots: Tensor) -> None:
         """Put the next waiting episodes into these slots and sample their first tokens from the prompts."""
-        count = len(slots)
-        self.episodes[slots] = torch.arange(self.waiting, self.waiting + count, device=slots.device)
-        self.waiting += count
+        self.attention.clear(slots)
+        self.episodes[slots] = torch.arange(self.waiting, self.waiting + len(slots), device=slots.device)
+        self.waiting += len(slots)
         self.lengths[slots] = 0
-        self.ended[slots] = False
+        self.ended[slots] = self.failed[slots] = False
         self.choose(self.prompt_hidden[self.episodes[slots] // self.samples], slots)
+
+    def look(self) -> tuple[Tensor, Tensor]:
+        """Which slots have ended and which have failed, on the host: here it waits for the device."""
+        ended, failed = torch.stack([self.ended, self.failed]).cpu()
+        if self.settings.stop_strings and not ended.all():
+            self.ended[self.stopped((~ended).nonzero()[:, 0])] = True
+            ended = self.ended.cpu()
+        return ended, failed
+
+    def stopped(self, live: Tensor) -> list[int]:
+        """Those of the live slots whose text contains a stop string, by the text of their last tokens."""
+        stops = self.settings.stop_strings
+        reach = SYNC_EVERY + max(len(stop.encode()) for stop in stops)  # a token is at least a byte
+        slots = live.to(self.tokens.device)
+        first = (self.lengths[slots] + 1 - reach).clamp(min=0)
+        columns = first[:, None] + torch.arange(reach, device=first.device)  # [l, reach]
+        written = columns <= self.lengths[slots, None]
+        columns = columns.clamp(max=self.settings.max_new_tokens)
+        tails = self.tokens[self.episodes[slots, None], columns].cpu().tolist()
+        tails = [row[:count] for row, count in zip(tails, written.sum(1).tolist(), strict=True)]
+        texts = self.tokenizer.batch_decode(tails, **PLAIN)
+        hits = [slot for slot, text in zip(live.tolist(), texts, strict=True) if any(stop in text for stop in stops)]
+        full = {slot: self.tokens[self.episodes[slot], : self.lengths[slot] + 1].tolist() for slot in hits}
+        return [slot for slot in hits if any(stop in self.tokenizer.decode(full[slot], **PLAIN) for stop in stops)]
 
     def refill(self) -> bool:
         """Give free slots to waiting episodes, or bring the live ones together. False when nothing is left to do."""
         attention = self.attention
-        if len(self.episodes) == 0:  # the beginning
-            slots = attention.keys.shape[1]
-            device = self.tokens.device
-            self.episodes, self.lengths, self.current = (
-                torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
-            )
-            self.ended = torch.ones(slots, dtype=torch.bool, device=device)
-        ended = self.ended.cpu()
+        ended, failed = self.look()
         free = ended.nonzero()[:, 0]
         changed = False
         while len(free) and self.waiting < self.total:  # an episode may end with its first token: look again
-            chosen = free[: self.total - self.waiting].to(self.tokens.device)
-            self.start(chosen)
+            self.start(free[: self.total - self.waiting].to(self.tokens.device))
             changed = True
-            ended = self.ended.cpu()
+            ended, failed = self.look()
             free = ended.nonzero()[:, 0]
         if len(free) == len(ended):
             return False
-        if len(free) * 8 >= len(ended):
+        if len(free) * 8 >= len(ended) or failed.any():  # NaN must not stay in the cache
             keep = (~ended).nonzero()[:, 0].to(self.tokens.device)
             attention.move(keep)
-            self.episodes, self.lengths, self.current, self.ended = (
-                state[keep] for state in (self.episodes, self.lengths, self.current, self.ended)
+            self.episodes, self.lengths, self.current, self.ended, self.failed = (
+                state[keep] for state in (self.episodes, self.lengths, self.current, self.ended, self.failed)
             )
             changed = True
         if changed:
@@ -403,37 +323,84 @@ class SlotDecoder:
         attention = self.attention
         attention.begin_step(self.lengths)
         prompt_lengths = self.prompt_lengths[self.episodes // self.samples]
-        hidden = self.model.get_decoder()(
-            input_ids=self.current[:, None], position_ids=(prompt_lengths + self.lengths)[:, None],
-            use_cache=False, attention_plan=attention,
-        ).last_hidden_state[:, 0]  # [n, hidden]  # fmt: skip
+        hidden = (
+            self.model.get_decoder()(
+                input_ids=self.current[:, None],
+                position_ids=(prompt_lengths + self.lengths)[:, None],
+                use_cache=False,
+                attention_plan=attention,
+            ).last_hidden_state[:, 0]  # [n, hidden]
+        )
         self.lengths += 1
         attention.width = min(attention.width + 1, attention.keys.shape[3])
-        self.choose(hidden, attention.slots)
+        self.choose(hidden, slice(None))
 
-    def run(self) -> None:
-        """Decode until every episode has ended."""
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Decode until every episode has ended: tokens and log-probs [episodes, max_new_tokens], junk after the end."""
         while self.refill():
             for _ in range(SYNC_EVERY):
                 self.step()
+        return self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()
+
+
+def cut_at_stop(tokenizer, token_ids: list[int], text: str, stops: tuple[str, ...]) -> tuple[list[int], str, bool]:
+    """The tokens up to the one that completes a stop string, their text, and whether there was one."""
+
+    def text_of(count: int) -> str:
+        return tokenizer.decode(token_ids[:count], **PLAIN)
+
+    if not any(stop in text for stop in stops):
+        return token_ids, text, False
+    counts = range(1, len(token_ids) + 1)
+    count = 1 + bisect_left(counts, True, key=lambda count: any(stop in text_of(count) for stop in stops))
+    return token_ids[:count], text_of(count), True
+
+
+def cut_episodes(tokenizer, tokens: Tensor, logprobs: Tensor, settings: SamplingSettings) -> list[Episode]:
+    """Rows of tokens and log-probs [episodes, max_new_tokens] -> episodes without what was written after their end."""
+    is_end = torch.isin(tokens, torch.tensor(settings.eos_ids))
+    finished = is_end.any(1)
+    lengths = torch.where(finished, is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
+    rows = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    texts = tokenizer.batch_decode(rows, **PLAIN)
+    episodes = []
+    for row, text, scores, end in zip(rows, texts, logprobs.tolist(), finished.tolist(), strict=True):
+        row, text, stopped = cut_at_stop(tokenizer, row, text, settings.stop_strings)
+        episodes.append(Episode(tuple(row), tuple(scores[: len(row)]), end or stopped, text))
+    return episodes
 
 
 @torch.inference_mode()
 def rollout(model, tokenizer, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> list[Group]:
-    """`samples` completions for each problem, in the order of the problems."""
-    decoder = SlotDecoder(model, problems, samples, settings)
-    decoder.run()
-    tokens = decoder.tokens[:, :-1].cpu()  # [episodes, max_new_tokens]
-    logprobs = decoder.logprobs[:, :-1].cpu()
-    is_end = torch.isin(tokens, torch.tensor(settings.eos_ids))
-    # tokens after the end, written before anybody looked, do not count
-    finished = is_end.any(1)
-    lengths = torch.where(finished, is_end.int().argmax(1) + 1, settings.max_new_tokens).tolist()
-    token_rows = [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths, strict=True)]
-    logprob_rows = [tuple(row[:length]) for row, length in zip(logprobs.tolist(), lengths, strict=True)]
-    texts = tokenizer.batch_decode([list(row) for row in token_rows], skip_special_tokens=True)
-    episodes = [Episode(*parts) for parts in zip(token_rows, logprob_rows, finished.tolist(), texts, strict=True)]
-    return [
-        Group(problem, tuple(episodes[index * samples : (index + 1) * samples]))
-        for index, problem in enumerate(problems)
-    ]
+    """`samples` completions for each problem, in the order of the problems.
+
+    A problem with an episode whose logits were not finite is sampled again with other random numbers, and left out when
+    that does not help. ConfigError when none is left.
+    """
+    slots, prompts = fit_to_memory(model, problems, samples, settings)
+    groups: dict[int, Group] = {}
+    missing = list(range(len(problems)))  # places in the list of problems
+    for attempt in range(settings.max_retry_rounds + 1):
+        for start in range(0, len(missing), prompts):
+            wave = missing[start : start + prompts]
+            chosen = [problems[place] for place in wave]
+            decoder = SlotDecoder(model, tokenizer, chosen, samples, slots, settings, attempt)
+            episodes = cut_episodes(tokenizer, *decoder.run(), settings)
+            del decoder  # its cache, before the next one is allocated
+            for index, place in enumerate(wave):
+                group = Group(problems[place], tuple(episodes[index * samples : (index + 1) * samples]))
+                if all(math.isfinite(logprob) for episode in group.episodes for logprob in episode.logprobs):
+                    groups[place] = group
+        missing = [place for place in missing if place not in groups]
+        if not missing:
+            break
+    if missing:
+        logger.warning(
+            f"{len(missing)} of {len(problems)} prompts are left out: their logits were not finite in "
+            f"{settings.max_retry_rounds + 1} attempts"
+        )
+    if not groups:
+        raise ConfigError(
+            "no prompt has finite logits: the weights are broken; lower training.learning_rate, or take another model"
+        )
+    return [groups[place] for place in sorted(groups)]

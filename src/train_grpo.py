@@ -74,11 +74,21 @@ def questions_of_step(run: Run, step: int) -> list[Problem]:
     return [run.train_problems[order[(place * size + index) % len(order)]] for index in range(size)]
 
 
-def sample(run: Run, problems: list[Problem], samples: int, temperature: float, stream: int) -> list[Group]:
-    """Completions of the current policy, graded."""
+def sample(
+    run: Run, problems: list[Problem], samples: int, temperature: float, stream: int, **truncation: float
+) -> list[Group]:
+    """Completions of the current policy, graded. Only evaluation may truncate: the update scores all tokens."""
     training = run.config.training
     settings = SamplingSettings(
-        training.max_gen_len, temperature, training.inference_batch_size, run.eos_ids, training.random_seed, stream
+        training.max_gen_len,
+        temperature,
+        training.inference_batch_size,
+        run.eos_ids,
+        training.random_seed,
+        stream,
+        stop_strings=tuple(training.stop_strings or ()),
+        max_retry_rounds=training.max_retry_rounds,
+        **truncation,
     )
     return grade(run.task, rollout(run.model, run.tokenizer, problems, samples, settings), training)
 
@@ -147,11 +157,9 @@ def add_loss_weights(groups: list[Group], training: TrainingConfig) -> list[Grou
     return [replace(g, episodes=tuple(map(weigh, g.episodes))) for g in kept if g.episodes]
 
 
-def weighted_sum(value: Tensor, batch) -> Tensor:
+def weighted_sum(value: Tensor, batch, per_episode: bool = False) -> Tensor:
     """A micro-batch's share of the mean of a per-token [N] or per-episode [E] value over the whole update."""
-    if len(value) == len(batch.episode_index):
-        return (value * batch.token_weight[batch.episode_index]).sum()
-    return (value * batch.episode_weight).sum()
+    return (value * (batch.episode_weight if per_episode else batch.token_weight[batch.episode_index])).sum()
 
 
 def microbatches(run: Run, groups: list[Group]):
@@ -181,7 +189,8 @@ def loss_of_microbatch(run: Run, batch, training: TrainingConfig, on_policy: boo
     if penalty.is_objective or (training.beta > 0 and use_anchor and training.loss_type != "none"):
         value, penalty_metrics = penalty(inputs, training)
         measured |= penalty_metrics
-        parts["train/penalty"] = weighted_sum(value, batch) * (1.0 if penalty.is_objective else training.beta)
+        share = weighted_sum(value, batch, penalty.per_episode(training))
+        parts["train/penalty"] = share if penalty.is_objective else training.beta * share
     if training.entropy_coef > 0:
         parts["train/entropy_bonus"] = -training.entropy_coef * weighted_sum(scores.entropy, batch)
     if scores.anchor_logprobs is not None:
@@ -287,14 +296,18 @@ def confidence(values: list[float]) -> float:
 
 def evaluate(run: Run) -> dict[str, float]:
     """Greedy accuracy, pass@1 and pass@k on the fixed held-out problems, with random numbers of their own."""
-    samples = run.config.data.eval_samples
+    data, samples = run.config.data, run.config.data.eval_samples
+    temperature = data.eval_temperature or run.config.training.temperature
+    truncation = {"top_k": data.eval_top_k, "top_p": data.eval_top_p, "min_p": data.eval_min_p}
     greedy = sample(run, run.eval_problems, 1, 0.0, stream=-1)
-    sampled = sample(run, run.eval_problems, samples, run.config.training.temperature, stream=-1)
+    sampled = sample(run, run.eval_problems, samples, temperature, stream=-1, **truncation)
     greedy_answers = [float(group.episodes[0].reward_parts["answer"]) for group in greedy]
     correct = [sum(e.reward_parts["answer"] > 0.5 for e in group.episodes) for group in sampled]
+    greedy_answers += [0.0] * (len(run.eval_problems) - len(greedy))  # left out by the sampler: not solved
+    correct += [0] * (len(run.eval_problems) - len(sampled))
     rates = [count / samples for count in correct]
     episodes = [episode for group in sampled for episode in group.episodes]
-    metrics = {"eval/greedy": sum(greedy_answers) / len(greedy), "eval/greedy_ci95": confidence(greedy_answers)}
+    metrics = {"eval/greedy": sum(greedy_answers) / len(greedy_answers), "eval/greedy_ci95": confidence(greedy_answers)}
     metrics |= {"eval/pass@1": sum(rates) / len(rates), "eval/pass@1_ci95": confidence(rates)}
     for k in sorted({k for k in (2, 4, 8, 16, 32, 64) if k < samples} | {samples} - {1}):
         metrics[f"eval/pass@{k}"] = sum(pass_at_k(count, samples, k) for count in correct) / len(correct)
@@ -345,6 +358,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     flat = sum(all(e.advantage == 0 for e in group.episodes) for group in groups)
     metrics |= {
         "train/groups_without_variance": flat / len(groups),
+        "rollout/failed_groups": len(questions) - len(groups),
         "rollout/length": tokens / len(episodes),
         "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
         "rollout/tokens_per_second": tokens / seconds["time/rollout"],
@@ -436,10 +450,11 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
     configure_logging()
     folder = Path(work_dir) / "runs" / f"{Path(config.source).stem}_{dataset_name}"
     final = folder / "final"
-    if fresh and folder.exists():
-        set_aside(folder)
-    check_same_experiment(folder, config)
+    if not fresh:
+        check_same_experiment(folder, config)
     run = prepare(config, dataset_name)
+    if fresh and folder.exists():  # only now: a config that cannot run moves nothing
+        set_aside(folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
     state = load_checkpoint(checkpoints[-1], run.model, run.optimizer) if checkpoints else None
     first_step = state["step"] + 1 if state else 0

@@ -260,7 +260,7 @@ BAD_OVERRIDES = {
     "training.betta=1": "training.betta is not a key; did you mean beta",
     "training.beta.x=1": "training.beta.x is not a key",
     "training.beta=": "training.beta must be a finite number, not None",
-    "training.batch_size=33": "training.batch_size (33) must be a multiple of num_questions_per_batch (32)",
+    "training.batch_size=33": "training.batch_size (33) must be a multiple of num_questions_per_batch (4)",
     "training.kl_estimator=k2": "training.kl_estimator is not read by loss_type kl",
     "model.dtype=int8": "model.dtype: 'int8' is not known",
 }
@@ -339,6 +339,8 @@ def other_value(field):
     ]
     if get_origin(kind) is list:
         item = get_args(kind)[0]
+        if item is str:
+            return ["</answer>", "two\nlines"]
         return [item(number) for number in permitted if item(number) == number][:2]
     return next(kind(number) for number in permitted if kind(number) == number and number != default)
 

@@ -1,7 +1,7 @@
-"""Every penalty: its textbook formula in float64 on a vocabulary of 11, zero at equality, sign, extremes; then on a model.
+"""Every penalty: the textbook formula in float64 on a vocabulary of 11, zero at equality, sign, extremes; on a model.
 
-In the small problems the hidden states ARE the logits (the head is the identity), so one leaf drives log-probs, exact KL
-and transport alike, and src.scoring.score_chunk itself runs in float64.
+In the small problems the hidden states ARE the logits (the head is the identity), so one leaf drives log-probs, exact
+KL and transport alike, and src.scoring.score_chunk itself runs in float64.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from src import scoring
-from src.config import LOSS_TYPES, TrainingConfig
+from src.config import LOSS_TYPES, SEED_FORMAT_KEYS, ConfigError, TrainingConfig, load_config
 from src.packing import PackedBatch, pack
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates
 from src.scoring import Scores, score, score_chunk
@@ -43,7 +43,7 @@ FORMS = {
     "ot whole": ("ot", {**OT, "ot_window": 16, "ot_taper": False}),
     "ot unrolled": ("ot", {**OT, "ot_window": 2, "ot_unroll": True}),
     "ot raw": ("ot", {**OT, "ot_window": 2, "ot_debias": False}),
-    "ot hinge": ("ot", {**OT, "ot_window": 2, "ot_target": 0.5}),
+    "ot hinge": ("ot", {**OT, "ot_window": 2, "ot_target": 0.75}),
     "maxent": ("maxent", {"tau": 0.3, "beta": 0.4}),
     "maxent no baseline": ("maxent", {"tau": 0.3, "beta": 0.4, "maxent_baseline": False}),
     "maxent sums": ("maxent", {"tau": 0.8, "beta": 0.4, "length_normalized": False}),
@@ -78,13 +78,22 @@ def make_batch(target_ids: Tensor, old_logprobs: Tensor, rewards: list[float], l
     flat = torch.tensor([length for group in lengths for length in group])
     count = len(flat)
     return PackedBatch(
-        input_ids=None, position_ids=None, attention_plan=None, predictor_index=None, target_ids=target_ids,
-        episode_index=torch.arange(count).repeat_interleave(flat), lengths=flat,
+        input_ids=None,
+        position_ids=None,
+        attention_plan=None,
+        predictor_index=None,
+        target_ids=target_ids,
+        episode_index=torch.arange(count).repeat_interleave(flat),
+        lengths=flat,
         group_index=torch.tensor([index for index, group in enumerate(lengths) for _ in group]),
-        sampled_logprobs=old_logprobs, old_logprobs=old_logprobs, advantages=torch.zeros(count), groups=len(lengths),
+        sampled_logprobs=old_logprobs,
+        old_logprobs=old_logprobs,
+        advantages=torch.zeros(count),
+        groups=len(lengths),
         rewards=torch.tensor(rewards, dtype=old_logprobs.dtype),
-        token_weight=(1 / (count * flat)).to(old_logprobs.dtype), episode_weight=torch.full((count,), 1 / count),
-    )  # fmt: skip
+        token_weight=(1 / (count * flat)).to(old_logprobs.dtype),
+        episode_weight=torch.full((count,), 1 / count),
+    )
 
 
 def make_problem(seed: int = 0) -> tuple[Tensor, Tensor, PackedBatch]:
@@ -100,7 +109,8 @@ def make_problem(seed: int = 0) -> tuple[Tensor, Tensor, PackedBatch]:
 def scores_of(logits: Tensor, anchor: Tensor, batch: PackedBatch, direction: str = "reverse") -> Scores:
     """src.scoring with the identity for a head, in the precision of the logits."""
     with patch.object(scoring, "head_logits", lambda model, hidden: hidden):
-        chosen, entropy, anchor_chosen, kl = score_chunk(None, logits, batch.target_ids, 1.0, "anchor", anchor, direction)
+        parts = score_chunk(None, logits, batch.target_ids, 1.0, "anchor", anchor, direction)
+    chosen, entropy, anchor_chosen, kl = parts
     return Scores(chosen, entropy, logits, anchor_chosen, anchor, kl)
 
 
@@ -112,7 +122,9 @@ def penalty_of(training: TrainingConfig, logits: Tensor, anchor: Tensor, batch: 
 
 def value_and_gradient(training: TrainingConfig, logits: Tensor, anchor: Tensor, batch: PackedBatch):
     logits = logits.detach().clone().requires_grad_()
-    value = weighted_sum(penalty_of(training, logits, anchor, batch), batch)
+    value = weighted_sum(
+        penalty_of(training, logits, anchor, batch), batch, PENALTIES[training.loss_type].per_episode(training)
+    )
     gradient = torch.autograd.grad(value, logits, allow_unused=True)[0] if value.requires_grad else None
     return value.detach(), torch.zeros_like(logits) if gradient is None else gradient
 
@@ -142,8 +154,12 @@ class Completion(NamedTuple):
 
 
 def completions_of(logits: Tensor, anchor: Tensor, batch: PackedBatch) -> list[Completion]:
-    rows = zip(*(x.split(batch.lengths.tolist()) for x in (logits, anchor, batch.target_ids, batch.old_logprobs)),
-               batch.rewards.tolist(), batch.group_index.tolist(), strict=True)  # fmt: skip
+    rows = zip(
+        *(x.split(batch.lengths.tolist()) for x in (logits, anchor, batch.target_ids, batch.old_logprobs)),
+        batch.rewards.tolist(),
+        batch.group_index.tolist(),
+        strict=True,
+    )
     return [Completion(policy, reference, policy, reference, *rest) for policy, reference, *rest in rows]
 
 
@@ -202,7 +218,8 @@ def textbook_maxent(group: list[Completion], training) -> Tensor:
     reduced = Tensor.mean if training.length_normalized else Tensor.sum
     reference = torch.stack([reduced(c.anchor_chosen()) for c in group]).detach().double().exp()  # [G]
     total = training.tau + training.beta
-    weights = textbook_target(group, training) ** (1 / total) * reference ** (training.beta / total if total < INF else 0)
+    trust = training.beta / total if total < INF else 0.0
+    weights = textbook_target(group, training) ** (1 / total) * reference**trust
     weights = weights / weights.sum()
     if training.maxent_token_counts:
         weights = weights / torch.tensor([len(c.ids) for c in group])
@@ -269,8 +286,10 @@ def test_the_clip_of_clipped_maxent_binds_in_the_problem_above():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("form", [name for name in FORMS if FORMS[name][0] in ("none", "kl", "approx_kl", "ot")
-                                  and name not in ("k1", "ot raw")])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [name for name in FORMS if FORMS[name][0] in ("none", "kl", "approx_kl", "ot") and name not in ("k1", "ot raw")],
+)
 def test_value_and_gradient_are_zero_at_equality(form, dtype):
     logits, _, batch = make_problem()
     logits = logits.detach().to(dtype)
@@ -299,8 +318,9 @@ def test_maxent_with_uniform_weights_and_the_baseline_does_nothing(why, clipped)
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_listwise_kl_is_zero_where_the_two_softmaxes_are_equal(direction, normalized):
-    training = TrainingConfig(loss_type="listwise_kl", kl_direction=direction, q_temperature=0.7, q_epsilon=0.0,
-                              length_normalized=normalized)  # fmt: skip
+    training = TrainingConfig(
+        loss_type="listwise_kl", kl_direction=direction, q_temperature=0.7, q_epsilon=0.0, length_normalized=normalized
+    )
     logits, anchor, batch = make_problem()
     inputs = PenaltyInputs(scores_of(logits, anchor, batch), batch)
     sequence = (inputs.episode_mean if normalized else inputs.episode_sum)(inputs.scores.logprobs).detach()
@@ -325,9 +345,9 @@ def test_a_group_without_variance_contributes_exactly_nothing_to_an_objective(lo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def small_step(training: TrainingConfig, logits: Tensor, anchor: Tensor, batch: PackedBatch, size: float = 1e-3) -> Tensor:
+def small_step(training: TrainingConfig, logits: Tensor, anchor: Tensor, batch: PackedBatch) -> Tensor:
     _, gradient = value_and_gradient(training, logits, anchor, batch)
-    return (logits - size * gradient / gradient.norm()).detach()
+    return (logits - 1e-3 * gradient / gradient.norm()).detach()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -363,20 +383,20 @@ def test_descent_on_transport_turns_every_hidden_state_to_the_anchors(form):
 
 @pytest.mark.parametrize("form", [name for name in FORMS if FORMS[name][0] in ("maxent", "listwise_kl")])
 def test_a_small_step_raises_the_better_completions_over_the_worse(form):
-    """Reward is all that distinguishes: the reference likes all completions alike. Uniform weights raise all of them."""
+    """Reward is all that distinguishes: the reference likes all completions alike. Uniform weights raise all."""
     training = settings_of(form)
     logits, anchor, batch = make_problem()
     logits, anchor = torch.zeros_like(anchor), torch.zeros_like(anchor)
     batch = replace(batch, old_logprobs=torch.full_like(batch.old_logprobs, -math.log(VOCABULARY)))
     moved = small_step(training, logits, anchor, batch)
-    rise = torch.stack([c.chosen().sum() - len(c.ids) * -math.log(VOCABULARY) for c in completions_of(moved, anchor, batch)])
+    completions = completions_of(moved, anchor, batch)
+    rise = torch.stack([(c.chosen() + math.log(VOCABULARY)).sum() for c in completions])
     if form == "maxent uniform":
         assert (rise > 0).all()
     elif form not in ("maxent token counts", "maxent sums", "listwise sums"):  # there length distinguishes as well
         assert rise[0] > rise[2] and rise[4] > rise[3]  # rewards 1 and 0; 1.1 and 0.3
-    weights = textbook_target(completions_of(logits, anchor, batch)[:3], training)
     if form in ("maxent", "maxent clipped", "listwise reverse", "listwise forward"):
-        assert weights[0] > 1 / 3 and rise[0] > 0 and rise[2] < 0
+        assert rise[0] > 0 and rise[2] < 0
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if FORMS[name][0] == "maxent"])
@@ -452,7 +472,9 @@ def test_the_gradients_of_reverse_and_forward_kl_differ_in_the_enumeration_above
     policy, anchor = two_distributions()
     policy.requires_grad_()
     pair = Categorical(logits=policy), Categorical(logits=anchor)
-    reverse, forward = (torch.autograd.grad(kl_divergence(*p), policy, retain_graph=True)[0] for p in (pair, pair[::-1]))
+    reverse, forward = (
+        torch.autograd.grad(kl_divergence(*p), policy, retain_graph=True)[0] for p in (pair, pair[::-1])
+    )
     assert (reverse - forward).norm() > 0.2 * reverse.norm()
 
 
@@ -464,7 +486,7 @@ def test_the_gradients_of_reverse_and_forward_kl_differ_in_the_enumeration_above
 @pytest.mark.parametrize("form", ["kl reverse", "kl forward", "k1", "k2", "k3", "ot taper"])
 def test_the_hinge_is_the_mean_of_a_completion_minus_the_target_and_zero_below(form):
     """Per completion: a token above the target in a completion below it costs nothing."""
-    logits, anchor, batch = make_problem(2)
+    logits, anchor, batch = make_problem(3)
     scores = scores_of(logits, anchor, batch, settings_of(form).kl_direction)
     inputs = PenaltyInputs(scores, batch)
     free, _ = PENALTIES[FORMS[form][0]](inputs, settings_of(form))
@@ -475,7 +497,7 @@ def test_the_hinge_is_the_mean_of_a_completion_minus_the_target_and_zero_below(f
     above = means > target
     assert above.any() and not above.all()
     if FORMS[form][0] != "ot":
-        assert ((free > target) & ~above[batch.episode_index]).any(), "no token above the target in a completion below it"
+        assert ((free > target) & ~above[batch.episode_index]).any(), "no token is above in a completion below"
     torch.testing.assert_close(hinged, torch.where(above, means - target, 0.0))
     (gradient,) = torch.autograd.grad(hinged.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad(means[above].sum(), logits)
@@ -489,7 +511,7 @@ def test_the_hinge_is_the_mean_of_a_completion_minus_the_target_and_zero_below(f
 
 
 def make_extreme_problem() -> tuple[Tensor, Tensor, PackedBatch]:
-    """fp32; policy and anchor, policy and old policy are 80 nats apart at the sampled token, in all four combinations."""
+    """fp32; policy and anchor, policy and old policy are 80 nats apart at the sampled token, in all combinations."""
     tokens = sum(map(sum, LENGTHS))
     ids = torch.arange(tokens) % VOCABULARY
     signs = torch.tensor([[1, -1, 1], [-1, 1, 1], [1, -1, -1], [-1, 1, -1], [1, 1, -1], [-1, -1, 1]])
@@ -548,15 +570,16 @@ def perturbed(model, size: float, seed: int):
 
 
 def make_run(form: str, **keys) -> tuple[SimpleNamespace, list]:
-    """A tiny model with an anchor and an old policy near it, and three ragged groups with completions of one token."""
+    """A tiny model, an anchor and an old policy near it, and ragged groups, the last of completions of one token."""
     packed, _ = make_pair("llama")
     training = settings_of(form, max_gen_len=32, **{"ot_iters": 20, **keys})
     run = SimpleNamespace(model=packed, anchor=perturbed(packed, 0.05, 1), config=SimpleNamespace(training=training))
-    groups = make_groups(torch.Generator().manual_seed(6), RAGGED)
+    groups = make_groups(torch.Generator().manual_seed(6), [*RAGGED, (3, [1, 1])])
     old = score(perturbed(packed, 0.02, 2), pack(groups, "cpu", torch.float32), 1.0).logprobs.split(
-        [len(e.token_ids) for g in groups for e in g.episodes])  # fmt: skip
+        [len(e.token_ids) for g in groups for e in g.episodes]
+    )
     rows = iter(part.tolist() for part in old)
-    rewards = iter([1.0, 0.0, 0.1, 1.1, 0.0, 1.0, 0.1, 0.4, 1.0])
+    rewards = iter([1.0, 0.0, 0.1, 1.1, 0.0, 1.0, 0.1, 0.4, 1.0, 0.0, 1.0])
     groups = [
         replace(g, episodes=tuple(replace(e, logprobs=tuple(next(rows)), reward=next(rewards)) for e in g.episodes))
         for g in groups
@@ -577,26 +600,28 @@ def full_gradient(run, groups, size: int = 1000, tokens: int | None = None, on_p
     return torch.cat([torch.tensor([total])] + [p.grad.flatten() for p in run.model.parameters()])
 
 
-MODEL_FORMS = {
-    "none": {}, "kl reverse": {}, "kl forward": {}, "kl hinge": {"kl_target": 0.05}, "k1": {}, "k2": {}, "k3": {},
-    "k3 hinge": {"kl_target": 0.05}, "ot taper": {}, "ot hinge": {"ot_target": 0.001}, "maxent": {}, "maxent clipped": {},
-    "maxent token counts": {}, "listwise reverse": {}, "listwise forward": {},
-}  # fmt: skip
+# targets that some completions are above and some below, among them of one token
+TARGETS = {"kl hinge": {"kl_target": 0.6}, "k3 hinge": {"kl_target": 0.5}, "ot hinge": {"ot_target": 0.19}}
+MODEL_FORMS = [name for name in FORMS if name not in ("ot whole", "ot hard edge", "ot unrolled", "ot raw")]
 
 
 @pytest.mark.parametrize("loss_agg", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("form", MODEL_FORMS)
 def test_the_gradient_does_not_depend_on_micro_batches_neighbours_or_order(form, loss_agg):
-    run, groups = make_run(form, loss_agg=loss_agg, **MODEL_FORMS[form])
+    run, groups = make_run(form, loss_agg=loss_agg, **TARGETS.get(form, {}))
     expected = full_gradient(run, groups)
-    scale = expected[1:].abs().max()
-    assert scale > 1e-4
-    shuffled = [replace(g, episodes=g.episodes[::-1]) for g in (groups[2], groups[0], groups[1])]
-    cuts = {"1": (groups, 1), "3": (groups, 3), "token budget": (groups, 1, 25), "order": (shuffled, 1000),
-            "order and 2": (shuffled, 2)}  # fmt: skip
+    assert expected[1:].abs().max() > 1e-2
+    shuffled = [replace(g, episodes=g.episodes[::-1]) for g in (groups[2], groups[0], groups[3], groups[1])]
+    cuts = {
+        "1": (groups, 1),
+        "3": (groups, 3),
+        "token budget": (groups, 1, 25),
+        "order": (shuffled, 1000),
+        "order and 2": (shuffled, 2),
+    }
     for name, arguments in cuts.items():
         gradient = full_gradient(run, *arguments)
-        assert (gradient - expected).abs().max() < 2e-5 * max(scale, 1), f"{name}: differs by more than rounding"
+        assert (gradient - expected).abs().max() < 3e-5 * expected.abs().max(), f"{name}: differs by more than rounding"
 
 
 def plain_completions(plain, plain_anchor, groups) -> list[Completion]:
@@ -611,19 +636,28 @@ def plain_completions(plain, plain_anchor, groups) -> list[Completion]:
                 part = slice(len(prompt) - 1, len(prompt) + len(e.token_ids) - 1)
                 rows.append((output.logits[0, part], output.hidden_states[-1][0, part]))
             (policy, hidden), (anchor, anchor_hidden) = rows
-            completions.append(Completion(policy, anchor.detach(), hidden, anchor_hidden, torch.tensor(e.token_ids),
-                                          torch.tensor(e.logprobs), e.reward, index))  # fmt: skip
+            completions.append(
+                Completion(
+                    policy,
+                    anchor.detach(),
+                    hidden,
+                    anchor_hidden,
+                    torch.tensor(e.token_ids),
+                    torch.tensor(e.logprobs),
+                    e.reward,
+                    index,
+                )
+            )
     return completions
 
 
 @every_form
 def test_a_real_models_gradient_is_that_of_the_textbook_over_plain_forwards(form):
-    """From the records of the loop to the gradient of every parameter; advantages are 0, so only the penalty is left."""
-    keys = {"kl hinge": {"kl_target": 0.05}, "k3 hinge": {"kl_target": 0.05}, "ot hinge": {"ot_target": 0.001}}
+    """From the loop's records to the gradient of every parameter; advantages are 0, so only the penalty is left."""
     # iterations to convergence, in fp32: a narrow band would need thousands along 30 tokens
     ot = {"ot_iters": 400, "ot_window": 40 if form == "ot whole" else 9} if FORMS[form][0] == "ot" else {}
     beta = {} if FORMS[form][0] == "maxent" else {"beta": 1.0}
-    run, groups = make_run(form, loss_agg="sequence", **ot, **beta, **keys.get(form, {}))
+    run, groups = make_run(form, loss_agg="sequence", **ot, **beta, **TARGETS.get(form, {}))
     training = run.config.training
     groups = [replace(g, episodes=tuple(replace(e, advantage=0.0) for e in g.episodes)) for g in groups]
     gradient = full_gradient(run, groups)[1:]
@@ -631,10 +665,13 @@ def test_a_real_models_gradient_is_that_of_the_textbook_over_plain_forwards(form
     _, plain_anchor = make_pair("llama")
     plain_anchor.load_state_dict(run.anchor.state_dict())
     plain, plain_anchor = plain.double(), plain_anchor.double()
-    textbook(training, plain_completions(plain, plain_anchor, groups)).backward()
+    completions = plain_completions(plain, plain_anchor, groups)
+    textbook(training, completions).backward()
     expected = torch.cat([p.grad.flatten() for p in plain.parameters()])
     assert form == "none" or expected.norm() > 1e-4
     assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+    if "hinge" in form:
+        assert {bool(textbook(training, [c]) > 0) for c in completions} == {True, False}, "one side is not tried"
 
 
 @pytest.mark.parametrize("form", ["kl reverse", "kl forward", "k2", "k3", "ot taper", "k1"])
@@ -673,8 +710,11 @@ ELSEWHERE = {"seed_grpo_alpha", "kl_direction", "beta_kl_target", "beta_horizon"
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_config_says_truly_which_keys_a_loss_type_reads(loss_type):
-    claims = {name: field.metadata["read_by"] for name, field in TrainingConfig.__dataclass_fields__.items()
-              if "read_by" in field.metadata}  # fmt: skip
+    claims = {
+        name: field.metadata["read_by"]
+        for name, field in TrainingConfig.__dataclass_fields__.items()
+        if "read_by" in field.metadata
+    }
     read = set()
     for keys in ({}, {"maxent_clipped": True} if loss_type == "maxent" else {}):
         logits, anchor, batch = make_problem()
@@ -700,3 +740,93 @@ def test_a_group_with_one_completion_left_is_inert_and_its_metrics_are_finite(lo
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     assert value[0] == 0 and (gradient[:3] == 0).all() and gradient[3:].isfinite().all() and gradient[3:].norm() > 1e-3
     assert all(values.isfinite().all() for values in metrics.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+BAD = {  # loss type, the wrong line, what the message must say besides the file
+    "none, unknown penalty": (
+        "nuclear",
+        "beta: 1",
+        "training.loss_type: 'nuclear' is not known; known are: approx_kl, kl, listwise_kl, maxent, none, ot",
+    ),
+    "kl, below 0": ("kl", "beta: -0.1", "training.beta must be at least 0, not -0.1"),
+    "kl, target below 0": ("kl", "kl_target: -1", "training.kl_target must be at least 0, not -1.0"),
+    "kl, direction": (
+        "kl",
+        "kl_direction: sideways",
+        "training.kl_direction: 'sideways' is not known; known are: forward, reverse",
+    ),
+    "anchor": ("kl", "anchor: yesterday", "training.anchor: 'yesterday' is not known; known are: reference, rollout"),
+    "sync": ("kl", "reference_sync_steps: -1", "training.reference_sync_steps must be at least 0, not -1"),
+    "estimator": ("approx_kl", "kl_estimator: k4", "training.kl_estimator: 'k4' is not known; known are: k1, k2, k3"),
+    "window 0": ("ot", "ot_window: 0", "training.ot_window must be at least 1, not 0"),
+    "window not whole": ("ot", "ot_window: 2.5", "training.ot_window must be a whole number, not 2.5"),
+    "eps 0": ("ot", "ot_eps: 0", "training.ot_eps must be greater than 0, not 0.0"),
+    "eps below 0": ("ot", "ot_eps: -0.1", "training.ot_eps must be greater than 0, not -0.1"),
+    "iterations 0": ("ot", "ot_iters: 0", "training.ot_iters must be at least 1, not 0"),
+    "ot target below 0": ("ot", "ot_target: -0.1", "training.ot_target must be at least 0, not -0.1"),
+    "backend": ("ot", "ot_backend: dense", "training.ot_backend: 'dense' is not known; known are: band, pot"),
+    "tau + beta 0": ("maxent", "tau: 0\n  beta: 0", "training.tau + training.beta must be greater than 0"),
+    "tau below 0": ("maxent", "tau: -1", "training.tau must be at least 0, not -1.0"),
+    "beta infinite": ("maxent", "beta: .inf", "training.beta must be a finite number, not inf"),
+    "q_temperature 0": ("maxent", "q_temperature: 0", "training.q_temperature must be greater than 0, not 0.0"),
+    "q_epsilon above 1": ("listwise_kl", "q_epsilon: 1.5", "training.q_epsilon must be at most 1, not 1.5"),
+    "q_epsilon below 0": ("listwise_kl", "q_epsilon: -0.5", "training.q_epsilon must be at least 0, not -0.5"),
+    "tau_lr 0": ("maxent", "tau_lr: 0", "training.tau_lr must be greater than 0, not 0.0"),
+    "tau_min above tau_max": ("maxent", "tau_min: 2\n  tau_max: 1", "tau_min and beta_min must not exceed tau_max"),
+    "meta without target": ("maxent", "meta_lr: 0.1", "training.meta_lr needs training.tau_target_entropy"),
+    "kl controller target 0": ("kl", "beta_kl_target: 0", "training.beta_kl_target must be greater than 0, not 0.0"),
+    "delta 1": ("kl", "delta: 1", "training.delta must be greater than 1, not 1.0"),
+    "epsilon below 0": ("kl", "epsilon: -0.1", "training.epsilon must be at least 0, not -0.1"),
+    "epsilon_high below 0": ("kl", "epsilon_high: -0.1", "training.epsilon_high must be at least 0, not -0.1"),
+    "cap 0": ("kl", "importance_cap: 0", "training.importance_cap must be greater than 0, not 0.0"),
+    "surrogate": ("kl", "policy_loss: trpo", "training.policy_loss: 'trpo' is not known; "),
+    "level": ("kl", "importance_sampling_level: word", "'word' is not known; known are: sequence, token"),
+    "aggregation": ("kl", "loss_agg: median", "'median' is not known; known are: constant, sequence, token"),
+    "scaling": ("kl", "scale_rewards: max", "'max' is not known; "),
+    "entropy below 0": ("kl", "entropy_coef: -0.1", "training.entropy_coef must be at least 0, not -0.1"),
+    "alpha below 0": ("kl", "seed_grpo_alpha: -1", "training.seed_grpo_alpha must be at least 0, not -1.0"),
+    "old log-probs": ("kl", "old_logprobs: nobody", "'nobody' is not known; known are: sampler, trainer"),
+}
+
+
+def refusal(tmp_path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_refused_in_one_line_that_names_file_and_key(tmp_path, name):
+    loss_type, line, words = BAD[name]
+    assert words in refusal(tmp_path, f"training:\n  loss_type: {loss_type}\n  {line}\n")
+
+
+UNREAD = [
+    (loss_type, name, field.metadata["read_by"])
+    for name, field in TrainingConfig.__dataclass_fields__.items()
+    for loss_type in LOSS_TYPES
+    if "read_by" in field.metadata and loss_type not in field.metadata["read_by"]
+]
+
+
+def test_every_key_that_a_loss_type_does_not_read_is_refused_and_says_who_reads_it(tmp_path):
+    """All pairs of loss type and key; the keys of the GRPO-mini format pass with every loss type."""
+    for loss_type, name, read_by in UNREAD:
+        value = getattr(TrainingConfig(), name)
+        text = f"training:\n  loss_type: {loss_type}\n  {name}: {'' if value is None else value}\n"
+        if name in SEED_FORMAT_KEYS:
+            path = tmp_path / "seed.yaml"
+            path.write_text(text, encoding="utf-8")
+            load_config(path)
+            continue
+        words = f"training.{name} is not read by loss_type {loss_type}; it belongs to {', '.join(read_by)}; remove"
+        assert words in refusal(tmp_path, text)
+    assert len({name for _, name, _ in UNREAD}) > 20

@@ -1,15 +1,22 @@
 """The sampler against the trainer, against transformers' generate, and against the softmax it claims to sample."""
 
+import logging
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
 from test_packing import SHAPE, make_pair
 
+import src.sampler
+from src.config import ConfigError
 from src.make_tiny_model import build_tokenizer
 from src.packing import pack
 from src.rl_datasets import Problem
-from src.sampler import GOLDEN, WORD, SamplingSettings, choose_tokens, episode_key, mix64, rollout, uniforms
+from src.sampler import fit_to_memory, rollout
 from src.scoring import score
+from src.token_choice import GOLDEN, WORD, SamplingSettings, choose_tokens, episode_key, mix64, truncate, uniforms
 
 TOKENIZER = build_tokenizer()
 EOS = (1, 5, 9)
@@ -23,8 +30,8 @@ def make_prompts(lengths=(5, 9, 1, 6, 6, 14)) -> list[Problem]:
     ]
 
 
-def settings(slots=64, temperature=1.0, seed=7, stream=0, new=24, eos=EOS) -> SamplingSettings:
-    return SamplingSettings(new, temperature, slots, eos, seed, stream)
+def settings(slots=64, temperature=1.0, seed=7, stream=0, new=24, eos=EOS, **options) -> SamplingSettings:
+    return SamplingSettings(new, temperature, slots, eos, seed, stream, **options)
 
 
 def tokens_of(groups) -> list[tuple[int, ...]]:
@@ -61,6 +68,7 @@ def test_same_seed_same_tokens_for_any_number_of_slots():
         assert tokens_of(rollout(packed, TOKENIZER, make_prompts(), 4, settings(slots))) == reference
     assert tokens_of(rollout(packed, TOKENIZER, make_prompts(), 4, settings(stream=1))) != reference
     assert tokens_of(rollout(packed, TOKENIZER, make_prompts(), 4, settings(seed=8))) != reference
+    assert len({len(ids) for ids in reference}) > 5, "with 7 slots, refills must leave the slots at different lengths"
     alone = rollout(packed, TOKENIZER, make_prompts()[2:3], 4, settings(64))  # a neighbour changes nothing
     assert tokens_of(alone) == reference[8:12]
 
@@ -139,6 +147,260 @@ def test_the_random_stream_is_uniform_and_reproducible():
 def test_a_token_of_probability_zero_is_never_chosen():
     logits = torch.full((4000, 6), -torch.inf)
     logits[:, 1] = logits[:, 4] = 0.0
-    tokens, logprobs = choose_tokens(logits, 1.0, torch.arange(4000), torch.zeros(4000, dtype=torch.long))
+    tokens, logprobs = choose_tokens(logits, settings(), torch.arange(4000), torch.zeros(4000, dtype=torch.long))
     assert set(tokens.tolist()) == {1, 4}
     torch.testing.assert_close(logprobs, torch.full((4000,), 0.5).log())
+
+
+@pytest.mark.parametrize("vocabulary", [61, 256, 1000, 49152])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_two_levels_choose_what_one_float64_cumulative_sum_chooses(vocabulary, temperature):
+    rows = 64 if vocabulary > 1000 else 1024
+    logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    keys, positions = torch.arange(rows) * 7919, torch.arange(rows) % 50
+    tempered = (logits / temperature).double().log_softmax(-1)  # [rows, vocabulary]
+    cumulative = tempered.exp().cumsum(-1)
+    below = uniforms(keys, positions)[:, None] * cumulative[:, -1:]
+    tokens, logprobs = choose_tokens(logits, settings(temperature=temperature), keys, positions)
+    torch.testing.assert_close(logprobs, tempered.gather(1, tokens[:, None])[:, 0].float(), atol=3e-6, rtol=0)
+    # a number within rounding of the border between two tokens may fall on either side
+    upper = cumulative.gather(1, tokens[:, None]) + 1e-6
+    lower = cumulative.gather(1, tokens[:, None]) - tempered.exp().gather(1, tokens[:, None]) - 1e-6
+    assert ((lower <= below) & (below <= upper)).all()
+    assert (tokens == torch.searchsorted(cumulative, below, right=True)[:, 0]).float().mean() > 0.98
+
+
+def test_choose_tokens_marks_logits_that_are_not_finite_and_only_those():
+    logits = torch.zeros(5, 300)
+    logits[0, 7], logits[1, 299], logits[2] = torch.nan, torch.inf, -torch.inf
+    for temperature in (0.0, 0.7, 1.0):
+        keys, positions = torch.arange(5), torch.zeros(5, dtype=torch.long)
+        tokens, logprobs = choose_tokens(logits.clone(), settings(temperature=temperature), keys, positions)
+        assert logprobs.isfinite().tolist() == [False, False, False, True, True]
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < 300
+
+
+def allowed_tokens(probabilities: list[float], top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+    """By hand, one token after the other: those that stay, with their new probabilities."""
+    ranked = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    ranked = ranked[:top_k] if top_k else ranked
+    mass = sum(probabilities[token] for token in ranked)
+    kept, gathered = [], 0.0
+    for token in ranked:
+        if gathered >= top_p:
+            break
+        kept.append(token)
+        gathered += probabilities[token] / mass
+    kept = [token for token in kept if probabilities[token] >= min_p * probabilities[ranked[0]]]
+    mass = sum(probabilities[token] for token in kept)
+    return {token: probabilities[token] / mass for token in kept}
+
+
+CUTS = [(5, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (9, 0.8, 0.0), (12, 0.9, 0.1), (1, 1.0, 0.0), (99, 1e-9, 0.0)]
+
+
+@pytest.mark.parametrize("top_k, top_p, min_p", CUTS)
+def test_top_k_top_p_and_min_p_against_a_hand_written_loop(top_k, top_p, min_p):
+    logits = 2 * torch.randn(30, 40, generator=torch.Generator().manual_seed(3))
+    options = settings(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = [allowed_tokens(row, top_k, top_p, min_p) for row in (logits / 0.8).double().softmax(-1).tolist()]
+    kept = truncate(logits / 0.8, options) > -torch.inf
+    assert [row.nonzero()[:, 0].tolist() for row in kept] == [sorted(row) for row in expected]
+    keys = torch.arange(30).repeat_interleave(200)
+    tokens, logprobs = choose_tokens(logits.repeat_interleave(200, 0), options, keys, torch.arange(200).repeat(30))
+    for index, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+        assert logprob == pytest.approx(math.log(expected[index // 200][token]), abs=2e-5)
+    seen = [set(tokens[row * 200 : (row + 1) * 200].tolist()) for row in range(30)]
+    assert sum(map(len, seen)) > 0.5 * sum(map(len, expected)), "all that may be chosen is chosen now and then"
+
+
+def test_truncated_rollouts_use_only_what_is_left():
+    packed, plain = make_pair("llama")
+    for group in rollout(packed, TOKENIZER, make_prompts(), 8, settings(5, 1.2, top_k=3)):
+        prompt = group.problem.prompt_ids
+        for episode in group.episodes:
+            with torch.no_grad():
+                logits = plain(torch.tensor([prompt + episode.token_ids])).logits[0, len(prompt) - 1 : -1] / 1.2
+            best = logits.topk(3)
+            inside = best.indices == torch.tensor(episode.token_ids)[:, None]
+            assert inside.any(1).all()
+            torch.testing.assert_close(
+                torch.tensor(episode.logprobs), best.values.log_softmax(-1)[inside], atol=1e-4, rtol=0
+            )
+
+
+@pytest.mark.parametrize("slots", [64, 5])
+def test_a_stop_string_ends_a_completion_at_the_token_that_completes_it(slots):
+    packed, _ = make_pair("llama")
+    free = [e for g in rollout(packed, TOKENIZER, make_prompts(), 16, settings(slots)) for e in g.episodes]
+    texts = [episode.text for episode in free]
+    pairs = {text[i : i + 2] for text in texts for i in range(len(text) - 1)}
+    stops = tuple(sorted(pairs, key=lambda pair: -sum(pair in text for text in texts))[:3])
+    groups = rollout(packed, TOKENIZER, make_prompts(), 16, settings(slots, stop_strings=stops))
+    cut = 0
+    for before, after in zip(free, (e for g in groups for e in g.episodes), strict=True):
+        counts = range(1, len(before.token_ids) + 1)
+        text = [TOKENIZER.decode(list(before.token_ids[:count]), skip_special_tokens=True) for count in counts]
+        hits = [count for count in counts if any(stop in text[count - 1] for stop in stops)]
+        count = hits[0] if hits else len(before.token_ids)
+        assert after.token_ids == before.token_ids[:count]
+        torch.testing.assert_close(after.logprobs, before.logprobs[:count], atol=1e-4, rtol=0)
+        assert after.text == text[count - 1]
+        assert after.finished == (bool(hits) or before.finished)
+        cut += bool(hits) and count < len(before.token_ids)
+    assert cut > 10
+
+
+def test_stop_strings_free_their_slots_early(monkeypatch):
+    """The completions are cut in any case; what the look in the loop is for is not to decode on."""
+    packed, _ = make_pair("llama")
+    steps = []
+    original = src.sampler.SlotDecoder.step
+    monkeypatch.setattr(src.sampler.SlotDecoder, "step", lambda self: (steps.append(1), original(self)))
+    everything = tuple(TOKENIZER.decode([token]) for token in range(2, SHAPE["vocab_size"]))
+    rollout(packed, TOKENIZER, make_prompts(), 4, settings(24, eos=(), stop_strings=everything))
+    assert len(steps) <= src.sampler.SYNC_EVERY
+
+
+class NotFinite:
+    """A head hook: logits are NaN for the given prompt, in the first `times` looks at it."""
+
+    def __init__(self, model, prompt: Problem, times: int):
+        with torch.no_grad():
+            ids = torch.tensor([prompt.prompt_ids])
+            plan = src.sampler.PackedAttention(*map(src.sampler.np.array, ([0], [ids.shape[1]], [0], [0])), "cpu", None)
+            self.hidden = model.get_decoder()(input_ids=ids, use_cache=False, attention_plan=plan)[0][0, -1]
+        self.left = times
+        model.get_output_embeddings().register_forward_hook(self)
+
+    def __call__(self, module, inputs, logits):
+        bad = (inputs[0] - self.hidden).abs().amax(-1) < 1e-4
+        if bad.any() and self.left > 0:
+            self.left -= 1
+            logits = logits.masked_fill(bad[:, None], torch.nan)
+        return logits
+
+
+@pytest.mark.parametrize("slots", [64, 4])
+def test_a_prompt_without_finite_logits_is_left_out_and_harms_no_other(slots, caplog):
+    packed, _ = make_pair("llama")
+    reference = rollout(packed, TOKENIZER, make_prompts(), 4, settings(slots))
+    NotFinite(packed, make_prompts()[1], times=10**6)
+    with caplog.at_level(logging.WARNING, "grpo"):
+        groups = rollout(packed, TOKENIZER, make_prompts(), 4, settings(slots, max_retry_rounds=1))
+    assert tokens_of(groups) == tokens_of(reference[:1] + reference[2:])
+    assert [group.problem.index for group in groups] == [0, 2, 3, 4, 5]
+    assert "1 of 6 prompts are left out" in caplog.text and "2 attempts" in caplog.text
+
+
+def test_a_prompt_that_fails_once_is_sampled_again():
+    packed, _ = make_pair("llama")
+    reference = rollout(packed, TOKENIZER, make_prompts(), 4, settings())
+    NotFinite(packed, make_prompts()[1], times=1)
+    groups = rollout(packed, TOKENIZER, make_prompts(), 4, settings())
+    assert [group.problem.index for group in groups] == [0, 1, 2, 3, 4, 5]
+    assert tokens_of(groups[:1] + groups[2:]) == tokens_of(reference[:1] + reference[2:])
+    assert all(math.isfinite(logprob) for episode in groups[1].episodes for logprob in episode.logprobs)
+    assert tokens_of(groups[1:2]) != tokens_of(reference[1:2]), "with other random numbers"
+
+
+def test_nan_in_the_cache_does_not_reach_the_next_episode_of_the_slot():
+    """Broken states in the middle of an episode: NaN keys stay in the cache, where a mask alone would not stop them."""
+    packed, _ = make_pair("llama")
+    problems = make_prompts()
+    reference = rollout(packed, TOKENIZER, problems, 4, settings(5))
+    token = reference[2].episodes[0].token_ids[2]
+    hits = {i for i, g in enumerate(reference) if any(token in e.token_ids[:-1] for e in g.episodes)}
+    clean = set(range(6)) - hits - {i for i, problem in enumerate(problems) if token in problem.prompt_ids}
+    assert 2 in hits and len(clean) >= 2
+    with torch.no_grad():
+        packed.get_output_embeddings().weight = torch.nn.Parameter(packed.get_output_embeddings().weight.clone())
+        packed.get_input_embeddings().weight[token] = torch.nan
+    groups = rollout(packed, TOKENIZER, problems, 4, settings(5, max_retry_rounds=0))
+    found = {group.problem.index: group for group in groups}
+    assert 2 not in found
+    for index in clean:
+        assert tokens_of([found[index]]) == tokens_of([reference[index]])
+
+
+def test_without_any_finite_logits_the_rollout_says_so():
+    packed, _ = make_pair("llama")
+    with torch.no_grad():
+        packed.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ConfigError, match="no prompt has finite logits"):
+        rollout(packed, TOKENIZER, make_prompts(), 2, settings())
+
+
+def test_completions_do_not_depend_on_the_wave(monkeypatch):
+    packed, _ = make_pair("llama")
+    problems = make_prompts((5, 9, 1, 6, 6, 14, 3, 3, 8, 2))
+    reference = tokens_of(rollout(packed, TOKENIZER, problems, 2, settings(64)))
+    prefilled = []
+    original = src.sampler.prefill
+    monkeypatch.setattr(src.sampler, "prefill", lambda m, wave: (prefilled.append(len(wave)), original(m, wave))[1])
+    assert tokens_of(rollout(packed, TOKENIZER, problems, 2, settings(2))) == reference
+    assert prefilled == [4, 4, 2]
+    prefilled.clear()
+    monkeypatch.setattr(src.sampler, "PREFILL_TOKENS", 10)
+    assert tokens_of(rollout(packed, TOKENIZER, problems, 2, settings(64))) == reference
+    assert prefilled == [10]
+
+
+def test_slots_and_waves_fit_into_the_free_memory(monkeypatch, caplog):
+    packed, _ = make_pair("llama")
+    problems, wanted = make_prompts((16,) * 20), settings(40, new=64)
+    per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, bytes
+    slot, prompt = 64 * per_token + 8 * SHAPE["vocab_size"], 2 * 16 * per_token
+
+    def with_room(room: float) -> tuple[int, int]:
+        monkeypatch.setattr(src.sampler, "free_memory", lambda device: room / src.sampler.MEMORY_SHARE + 1)
+        return fit_to_memory(packed, problems, 4, wanted)
+
+    assert with_room(1e12) == (40, 20)
+    assert not caplog.records
+    slots, prompts = with_room(40 * slot + 11 * prompt)
+    assert (slots, prompts) == (40, 11)  # fewer prompts at a time first
+    assert not caplog.records
+    for share in (0.9, 0.5, 0.1):
+        room = share * (40 * slot + 11 * prompt)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "grpo"):
+            slots, prompts = with_room(room)
+        assert 1 <= slots < 40 and slots * slot + prompts * prompt <= room < (slots + 1) * slot + (prompts + 1) * prompt
+        assert [record.message for record in caplog.records][0].startswith(f"decoding {slots} completions at once")
+        assert len(caplog.records) == 1
+    with pytest.raises(ConfigError, match="only .* GiB are free"):
+        with_room(0.5 * slot)
+    monkeypatch.setattr(src.sampler, "free_memory", lambda device: 5 * (slot + prompt))
+    few = rollout(packed, TOKENIZER, problems[:6], 2, wanted)
+    monkeypatch.undo()
+    assert tokens_of(few) == tokens_of(rollout(packed, TOKENIZER, problems[:6], 2, wanted))
+
+
+def test_free_memory_is_that_of_this_machine():
+    free = src.sampler.free_memory(torch.device("cpu"))
+    assert 2**26 < free < 2**50
+
+
+def test_weights_are_used_in_place():
+    """After a weight update the next rollout needs no copy, and is that of the new weights."""
+    packed, plain = make_pair("llama")
+    rollout(packed, TOKENIZER, make_prompts(), 2, settings())
+    with torch.no_grad():
+        for parameter in packed.parameters():
+            parameter.mul_(1.1)
+    plain.load_state_dict(packed.state_dict())
+    fresh = make_pair("llama")[0]
+    fresh.load_state_dict(plain.state_dict())
+    after = tokens_of(rollout(packed, TOKENIZER, make_prompts(), 2, settings()))
+    assert after == tokens_of(rollout(fresh, TOKENIZER, make_prompts(), 2, settings()))
+
+
+def test_logprobs_in_bfloat16_stay_close_to_the_trainers():
+    packed, _ = make_pair("llama")
+    packed = packed.to(torch.bfloat16)
+    groups = rollout(packed, TOKENIZER, make_prompts(), 8, replace(settings(5), temperature=0.9))
+    batch = pack(groups, "cpu", torch.bfloat16)
+    with torch.no_grad():
+        mismatch = (batch.sampled_logprobs - score(packed, batch, 0.9).logprobs).abs()
+    assert float(mismatch.mean()) < 0.03 and float(mismatch.max()) < 0.5
