@@ -5,14 +5,14 @@
     uv run python -m benchmarks.rollout --shape tiny --quick          # seconds: only shows that it runs
 
 A shape is a config with random weights, so nothing is downloaded; a path is loaded. Lengths: `fixed`, where every
-completion has --new_tokens, and `long_tail`, the quantiles of an exponential distribution with a mean of a third of it,
-cut at --new_tokens and shuffled. Random weights do not end by themselves, so every contestant is told each row's length:
+completion has --new_tokens, and `long_tail`: quantiles of an exponential distribution cut at --new_tokens, with a mean
+of a third of it, shuffled. Random weights do not end by themselves, so every contestant is told each row's length:
 generate by a StoppingCriteria (one comparison a step), ours by the same comparison after each token, generate_batch by
 max_new_tokens of each request. No end token is set. All contestants sample at temperature 1 from the whole vocabulary,
 and a contestant's tokens/s counts only the tokens up to each row's length, prompts' prefill included in the time.
 
-The floor is the time of the model's matrix products alone, as torch runs them at the row counts of each step, measured in
-the same process. On a machine that others use, look at the minima. The last line of stdout is one JSON document.
+The floor is the time of the model's matrix products alone, as torch runs them at the row counts of each step, measured
+in the same process. On a machine that others use, look at the minima. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -28,8 +28,17 @@ from collections import Counter
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen2Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.continuous_batching.continuous_api import WorkloadHints
 
 from src.packing import ATTENTION_NAME, pack
 from src.rl_datasets import Problem
@@ -86,13 +95,12 @@ class TargetDecoder(SlotDecoder):
     """Ours, ending each episode at its own length. In one wave, so that an episode's number is its row."""
 
     targets: Tensor
+    live_counts: Counter  # row counts of the steps, for the floor
 
     def choose(self, hidden: Tensor, slots) -> None:
         super().choose(hidden, slots)
         self.ended[slots] |= self.lengths[slots] + 1 >= self.targets[self.episodes[slots]]
         self.live_counts[len(hidden)] += 1
-
-    live_counts: Counter = Counter()  # row counts of the steps, for the floor
 
 
 def load(options) -> tuple:
@@ -156,7 +164,15 @@ def run_generate(model, problems, targets: list[int], options) -> None:
 def run_generate_batch(model, problems, targets: list[int], options) -> None:
     rows = [list(problem.prompt_ids) for problem in problems for _ in range(options.samples)]
     sampling = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
-    with model.continuous_batching_context_manager(generation_config=sampling, block=True, timeout=60) as manager:
+    options = {"workload_hints": WorkloadHints(max(map(len, rows)), max(targets), len(rows))}
+    if (
+        model.device.type == "cpu"
+    ):  # by itself it sizes its cache, and a mask over all of it, by the memory of the machine
+        pages = sum(math.ceil((len(row) + target) / 32) + 1 for row, target in zip(rows, targets, strict=True))
+        options["continuous_batching_config"] = ContinuousBatchingConfig(
+            block_size=32, num_blocks=pages, max_batch_tokens=sum(map(len, rows[:8]))
+        )
+    with model.continuous_batching_context_manager(sampling, timeout=60, **options) as manager:
         for row, target in zip(rows, targets, strict=True):
             manager.add_request(row, max_new_tokens=target)
         lengths = []
