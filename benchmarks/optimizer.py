@@ -76,7 +76,8 @@ def train(make_optimizer, dtype: torch.dtype, text: Tensor, count: int) -> dict:
     model = ByteModel().to(torch.bfloat16).to(dtype)
     optimizer = make_optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 100 steps of warm-up, then linear to a tenth
-        optimizer, lambda step: min(1, (step + 1) / 100) * (1 - 0.9 * step / count))
+        optimizer, lambda step: min(1, (step + 1) / 100) * (1 - 0.9 * step / count)
+    )
     held_out = len(text) * 9 // 10
     windows, tests = text[:held_out].unfold(0, CONTEXT + 1, 1), text[held_out:].unfold(0, CONTEXT + 1, CONTEXT)
     generator, losses = torch.Generator().manual_seed(1), []
@@ -89,8 +90,9 @@ def train(make_optimizer, dtype: torch.dtype, text: Tensor, count: int) -> dict:
         schedule.step()
         losses.append(loss.item())
     with torch.no_grad():
-        test = statistics.fmean(batch_loss(model, tests, chosen).item()
-                                for chosen in torch.arange(len(tests) // 64 * 64).split(64)[:40])
+        test = statistics.fmean(
+            batch_loss(model, tests, chosen).item() for chosen in torch.arange(len(tests) // 64 * 64).split(64)[:40]
+        )
     return {"train": statistics.fmean(losses[-count // 10 :]), "held_out": test}
 
 
@@ -98,8 +100,10 @@ def measure_losses(text: Tensor, count: int) -> dict:
     options = dict(lr=2e-3, betas=(0.9, 0.999), weight_decay=0.01)
     runs = {"torch fp32": (lambda p: torch.optim.AdamW(p, **options, fused=True), torch.float32)}
     for name, (master, state) in FORMATS.items():
-        runs[name] = (lambda p, m=master, s=state: MemoryEfficientAdamW(p, **options, master_bits=m, state_bits=s),
-                      torch.bfloat16)
+        runs[name] = (
+            lambda p, m=master, s=state: MemoryEfficientAdamW(p, **options, master_bits=m, state_bits=s),
+            torch.bfloat16,
+        )
     runs["fp32 weights, 8-bit states"] = (lambda p: MemoryEfficientAdamW(p, **options), torch.float32)
     runs["plain bf16"] = (lambda p: torch.optim.AdamW(p, **options, fused=True), torch.bfloat16)
     losses = {}
@@ -121,8 +125,10 @@ def measure_displacement(text: Tensor, count: int) -> dict:
     origin = [parameter.detach().clone() for parameter in exact]
     copies = {name: [nn.Parameter(start.bfloat16()) for start in origin] for name in [*FORMATS, "plain bf16"]}
     options = dict(lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0)
-    optimizers = {name: MemoryEfficientAdamW(copies[name], **options, master_bits=master, state_bits=state)
-                  for name, (master, state) in FORMATS.items()}
+    optimizers = {
+        name: MemoryEfficientAdamW(copies[name], **options, master_bits=master, state_bits=state)
+        for name, (master, state) in FORMATS.items()
+    }
     optimizers["plain bf16"] = torch.optim.AdamW(copies["plain bf16"], **options, fused=True)
     reference = torch.optim.AdamW(exact, **options, fused=True)
     windows, generator = text.unfold(0, CONTEXT + 1, 1), torch.Generator().manual_seed(1)
@@ -161,26 +167,35 @@ def measure_bytes() -> dict:
         states = {key: value.nbytes for key, value in optimizer.state[weight].items() if key != "step"}
         scales = sum(size for key, size in states.items() if key.endswith("_scale"))
         total = weight.nbytes + weight.grad.nbytes + sum(states.values())
-        result[name] = {"with_gradient": (total - scales) / weight.numel(), "scales": scales / weight.numel(),
-                        "on_device_with_offload": (weight.nbytes + weight.grad.nbytes) / weight.numel()}
+        result[name] = {
+            "with_gradient": (total - scales) / weight.numel(),
+            "scales": scales / weight.numel(),
+            "on_device_with_offload": (weight.nbytes + weight.grad.nbytes) / weight.numel(),
+        }
     result["torch fused on fp32 masters, bf16 model"] = {"with_gradient": 16.0}
     return result
 
 
 def rivals(device: str) -> dict:
     """name -> (constructor, dtype) of everything timed; flashoptim and torchao only where importable."""
-    result = {"torch fused fp32": (lambda p: torch.optim.AdamW(p, fused=True), torch.float32),
-              "32 bits, fp32 weights": (lambda p: MemoryEfficientAdamW(p, state_bits=32), torch.float32)}
+    result = {
+        "torch fused fp32": (lambda p: torch.optim.AdamW(p, fused=True), torch.float32),
+        "32 bits, fp32 weights": (lambda p: MemoryEfficientAdamW(p, state_bits=32), torch.float32),
+    }
     for name, (master, state) in FORMATS.items():
-        result[name] = (lambda p, m=master, s=state: MemoryEfficientAdamW(p, master_bits=m, state_bits=s),
-                        torch.bfloat16)
+        result[name] = (
+            lambda p, m=master, s=state: MemoryEfficientAdamW(p, master_bits=m, state_bits=s),
+            torch.bfloat16,
+        )
     if device == "cuda":
         result["24/8 offload"] = (lambda p: MemoryEfficientAdamW(p, offload=True), torch.bfloat16)
         if importlib.util.find_spec("flashoptim"):
             from flashoptim import FlashAdamW
+
             result["flashoptim 24/8"] = (lambda p: FlashAdamW(p, lr=1e-3), torch.bfloat16)
         if importlib.util.find_spec("torchao"):
             from torchao.optim import AdamW8bit
+
             result["torchao AdamW8bit bf16"] = (lambda p: AdamW8bit(p), torch.bfloat16)
     return result
 
@@ -204,9 +219,13 @@ def measure_time(device: str, shapes: list[tuple[int, ...]], rounds: int) -> dic
             if turn >= 3:
                 samples[name].append(time.perf_counter() - start)
     base = samples["torch fused fp32"]
-    return {name: {"milliseconds": 1e3 * statistics.median(times),
-                   "times_torch_fused": statistics.median(a / b for a, b in zip(times, base, strict=True))}
-            for name, times in samples.items()}
+    return {
+        name: {
+            "milliseconds": 1e3 * statistics.median(times),
+            "times_torch_fused": statistics.median(a / b for a, b in zip(times, base, strict=True)),
+        }
+        for name, times in samples.items()
+    }
 
 
 def main() -> None:
@@ -218,14 +237,19 @@ def main() -> None:
     text = read_text()
     result = {"bytes_per_parameter": measure_bytes()}
     tiny = [(128, 192)] * 28 + [(192,)] * 2  # the default model's 30 tensors and 0.7 M elements
-    result["step_time"] = {"cpu, 30 tensors, 0.69 M": measure_time("cpu", tiny, rounds),
-                           "cpu, 12 tensors, 14 M": measure_time("cpu", [(1024, 1152)] * 12, max(3, rounds // 4))}
+    result["step_time"] = {
+        "cpu, 30 tensors, 0.69 M": measure_time("cpu", tiny, rounds),
+        "cpu, 12 tensors, 14 M": measure_time("cpu", [(1024, 1152)] * 12, max(3, rounds // 4)),
+    }
     if torch.cuda.is_available():
         result["step_time"]["cuda, 64 tensors, 512 M"] = measure_time("cuda", [(2048, 4096)] * 64, rounds)
     result["displacement_at_lr_1e-6"] = measure_displacement(text, 20 if arguments.quick else 100)
     result["language_model"] = {"steps": steps, "losses": measure_losses(text, steps)}
-    result["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads(),
-                         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    result["machine"] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
     print(json.dumps(result))
 
 

@@ -25,6 +25,9 @@ import statistics
 import time
 from collections import Counter
 
+import src  # noqa: F401  before torch: how its threads wait
+
+# isort: split
 import torch
 import transformers
 from torch import Tensor

@@ -32,7 +32,6 @@ class PenaltyInputs:
         """[N] -> [E]."""
         return self.episode_sum(values) / self.batch.lengths
 
-
     def episode_sum(self, values: Tensor) -> Tensor:
         """[N] -> [E]."""
         total = torch.zeros(len(self.batch.lengths), device=values.device, dtype=values.dtype)

@@ -83,9 +83,11 @@ def test_32_32_is_bit_identical_to_fp32_adamw_for_1000_steps(chunk_elements):
 
 def test_the_three_torch_implementations_differ_from_ours_only_by_rounding():
     results = []
-    for make in (lambda p: MemoryEfficientAdamW(p, state_bits=32, weight_decay=0.1),
-                 lambda p: torch.optim.AdamW(p, weight_decay=0.1, foreach=True),
-                 lambda p: torch.optim.AdamW(p, weight_decay=0.1, foreach=False, fused=False)):
+    for make in (
+        lambda p: MemoryEfficientAdamW(p, state_bits=32, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, weight_decay=0.1, foreach=True),
+        lambda p: torch.optim.AdamW(p, weight_decay=0.1, foreach=False, fused=False),
+    ):
         torch.manual_seed(0)
         parameters = make_parameters(torch.float32)
         steps(make(parameters), parameters, 200)
@@ -162,9 +164,13 @@ def encode(bits, correction_dtype, dither=0):
 
 PATTERNS = st.one_of(
     st.integers(-(2**31), 2**31 - 1),
-    st.builds(lambda sign, exponent, mantissa: (sign << 31 | exponent << 23 | mantissa) - (sign << 32),
-              st.integers(0, 1), st.sampled_from([0, 1, 127, 253, 254]),
-              st.sampled_from([0, 1, 0x7F, 0x80, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7F8000, 0x7FFFFF])))
+    st.builds(
+        lambda sign, exponent, mantissa: (sign << 31 | exponent << 23 | mantissa) - (sign << 32),
+        st.integers(0, 1),
+        st.sampled_from([0, 1, 127, 253, 254]),
+        st.sampled_from([0, 1, 0x7F, 0x80, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7F8000, 0x7FFFFF]),
+    ),
+)
 
 
 @given(st.lists(PATTERNS, min_size=1, max_size=64))
@@ -267,7 +273,8 @@ def test_24_8_reaches_the_loss_of_fp32_within_1_percent():
     assert exact < 2.0
     assert small_states == pytest.approx(exact, rel=0.01)
     exact_in_bf16 = final_loss(
-        lambda p: MemoryEfficientAdamW(p, **options, master_bits=32, state_bits=32), torch.bfloat16)
+        lambda p: MemoryEfficientAdamW(p, **options, master_bits=32, state_bits=32), torch.bfloat16
+    )
     for state_bits in (8, 16):
         small = final_loss(lambda p, s=state_bits: MemoryEfficientAdamW(p, **options, state_bits=s), torch.bfloat16)
         assert small == pytest.approx(exact_in_bf16, rel=0.01)
@@ -385,8 +392,12 @@ def test_the_unused_end_of_a_block_does_not_hold_up_its_scale():
 @pytest.mark.parametrize("dither", [0.0, 0.5, 65535 / 65536])
 def test_8_bit_codes_err_by_less_than_one_and_never_wrap(dither):
     momentum, deviation = torch.randn(2000 * BLOCK), torch.rand(2000 * BLOCK).add(0.01)
-    codes = {"momentum": torch.empty(momentum.shape, dtype=torch.int8), "momentum_scale": torch.empty(2000),
-             "variance": torch.empty(momentum.shape, dtype=torch.uint8), "variance_scale": torch.empty(2000)}
+    codes = {
+        "momentum": torch.empty(momentum.shape, dtype=torch.int8),
+        "momentum_scale": torch.empty(2000),
+        "variance": torch.empty(momentum.shape, dtype=torch.uint8),
+        "variance_scale": torch.empty(2000),
+    }
     dithers = torch.full_like(momentum, dither), torch.full_like(momentum, dither)
     scratch = torch.empty_like(momentum), torch.empty_like(momentum)
     optim.encode_8bit(codes, momentum.clone(), deviation.square(), scratch, dithers, ratio_limit=1e3)
@@ -490,8 +501,10 @@ def test_a_parameter_without_gradient_keeps_weight_moments_and_step(master_bits,
 def test_skipped_parameters_step_as_in_torch():
     ours = make_parameters(torch.float32)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    for parameters, make in ((ours, lambda p: MemoryEfficientAdamW(p, state_bits=32, weight_decay=0.01)),
-                             (theirs, lambda p: torch.optim.AdamW(p, fused=True))):
+    for parameters, make in (
+        (ours, lambda p: MemoryEfficientAdamW(p, state_bits=32, weight_decay=0.01)),
+        (theirs, lambda p: torch.optim.AdamW(p, fused=True)),
+    ):
         optimizer, generator = make(parameters), torch.Generator().manual_seed(1)
         for step in range(30):
             set_gradients(parameters, generator)
@@ -571,9 +584,15 @@ def test_a_nan_gradient_is_seen_in_the_weight():
     assert parameters[0].isnan().nonzero().tolist() == [[5]]
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(master_bits=16), "master_bits"), (dict(state_bits=4), "state_bits"), (dict(betas=(0.9, 1.0)), "beta2"),
-    (dict(lr=-1.0), "lr")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(master_bits=16), "master_bits"),
+        (dict(state_bits=4), "state_bits"),
+        (dict(betas=(0.9, 1.0)), "beta2"),
+        (dict(lr=-1.0), "lr"),
+    ],
+)
 def test_bad_options_are_refused_by_name(bad, message):
     with pytest.raises(ValueError, match=message):
         MemoryEfficientAdamW(make_parameters(), **bad)
@@ -585,15 +604,29 @@ def test_parameters_it_can_not_step_are_refused():
             MemoryEfficientAdamW([parameter])
 
 
-@pytest.mark.parametrize("dtype, memory_efficient, expected", [
-    (torch.float32, False, torch.optim.AdamW), (torch.bfloat16, False, MemoryEfficientAdamW),
-    (torch.bfloat16, True, MemoryEfficientAdamW), (torch.float32, True, MemoryEfficientAdamW)])
+@pytest.mark.parametrize(
+    "dtype, memory_efficient, expected",
+    [
+        (torch.float32, False, torch.optim.AdamW),
+        (torch.bfloat16, False, MemoryEfficientAdamW),
+        (torch.bfloat16, True, MemoryEfficientAdamW),
+        (torch.float32, True, MemoryEfficientAdamW),
+    ],
+)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_build_optimizer(dtype, memory_efficient, expected, grouped):
     parameters = make_parameters(dtype)
     params = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.5}] if grouped else iter(parameters)
-    optimizer = build_optimizer(params, learning_rate=0.25, betas=[0.8, 0.9], weight_decay=0.1, offload=False,
-                                memory_efficient=memory_efficient, master_bits=24, state_bits=8)
+    optimizer = build_optimizer(
+        params,
+        learning_rate=0.25,
+        betas=[0.8, 0.9],
+        weight_decay=0.1,
+        offload=False,
+        memory_efficient=memory_efficient,
+        master_bits=24,
+        state_bits=8,
+    )
     assert type(optimizer) is expected
     if isinstance(optimizer, MemoryEfficientAdamW):
         exact = (optimizer.master_bits, optimizer.state_bits) == (32, 32)
