@@ -12,7 +12,8 @@ max_new_tokens of each request. No end token is set. All contestants sample at t
 and a contestant's tokens/s counts only the tokens up to each row's length, prompts' prefill included in the time.
 
 The floor is the time of the model's matrix products alone, as torch runs them at the row counts of each step, measured
-in the same process. On a machine that others use, look at the minima. The last line of stdout is one JSON document.
+in the same process. On a machine that others use, look at the minima, or with one thread (OMP_NUM_THREADS=1) at
+the seconds of the processor, which waiting does not lengthen. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -191,14 +192,15 @@ def run_generate_batch(model, problems, targets: list[int], options) -> None:
 CONTESTANTS = {"ours": run_ours, "generate": run_generate, "generate_batch": run_generate_batch}
 
 
-def timed(function, device: torch.device) -> float:
+def timed(function, device: torch.device) -> tuple[float, float]:
+    """Seconds by the clock, and of the processors."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def matmul_seconds(model, rows: int, with_head: bool = True) -> float:
@@ -217,7 +219,7 @@ def matmul_seconds(model, rows: int, with_head: bool = True) -> float:
 
     with torch.inference_mode():
         products()
-        return min(timed(products, model.device) for _ in range(3))
+        return min(timed(products, model.device)[0] for _ in range(3))
 
 
 def floor_seconds(model, problems, live_counts: Counter) -> float:
@@ -234,20 +236,21 @@ def read_bandwidth(device: torch.device) -> float:
     """Bytes a second of a large copy, reading and writing counted."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(4))
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device)[0] for _ in range(4))
 
 
 def measure(models, problems, targets: list[int], options, skipped: dict[str, str]) -> dict:
     """All contestants in turn, several times."""
     ours, theirs = models
     seconds = {name: [] for name in CONTESTANTS if name not in skipped}
+    processor = {name: [] for name in seconds}
     counts = Counter()
     for repetition in range(options.repetitions + 1):  # the first one warms up
         for name in list(seconds):
             TargetDecoder.live_counts = Counter()
             try:
                 function, model = CONTESTANTS[name], ours if name == "ours" else theirs
-                took = timed(lambda: function(model, problems, targets, options), ours.device)  # noqa: B023
+                took, used = timed(lambda: function(model, problems, targets, options), ours.device)  # noqa: B023
             except Exception as error:
                 if name == "ours":
                     raise
@@ -257,7 +260,11 @@ def measure(models, problems, targets: list[int], options, skipped: dict[str, st
             counts = TargetDecoder.live_counts if name == "ours" else counts
             if repetition:
                 seconds[name].append(took)
-            print(f"  {name:15} {took:8.2f} s {sum(targets) / took:10,.0f} tokens/s", flush=True)
+                processor[name].append(used)
+            print(
+                f"  {name:15} {took:8.2f} s ({used:.2f} s of processors) {sum(targets) / took:10,.0f} tokens/s",
+                flush=True,
+            )
     floor = floor_seconds(ours, problems, counts)
     steps = sum(counts.values())
     moved = sum(parameter.nbytes for parameter in ours.parameters()) * steps
@@ -267,6 +274,7 @@ def measure(models, problems, targets: list[int], options, skipped: dict[str, st
         "tokens_per_second": {name: sum(targets) / statistics.median(values) for name, values in seconds.items()},
         "ms_per_step": 1000 * statistics.median(seconds["ours"]) / steps,
         "seconds": seconds,
+        "processor_seconds": processor,
         "matmul_floor_seconds": floor,
         "share_of_matmul_floor": floor / min(seconds["ours"]),
         "share_of_bandwidth_floor": moved / read_bandwidth(ours.device) / min(seconds["ours"]),
@@ -275,6 +283,7 @@ def measure(models, problems, targets: list[int], options, skipped: dict[str, st
         result[f"times_{name}"] = {
             "median": statistics.median(seconds[name]) / statistics.median(seconds["ours"]),
             "minimum": min(seconds[name]) / min(seconds["ours"]),
+            "processor": min(processor[name]) / min(processor["ours"]),
         }
     return result
 

@@ -4,7 +4,6 @@ A checkpoint is one folder, written beside its final name and then renamed, so t
 for a whole one. Data order and sampling are functions of (seed, step) and need no state of their own.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -108,6 +107,9 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
             f"model.pretrained_model_path: {path} is incomplete; it has no weights for "
             f"{', '.join(sorted(loading['missing_keys'])[:3])}; get the folder again"
         )
+    if config.model.gradient_checkpointing:  # transformers does it in training mode only; dropout is off in any case
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.to(device).train()
     return model.to(device).eval()
 
 
@@ -155,7 +157,7 @@ def replace_folder(partial: Path, final: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, extra: dict, keep: int) -> None:
+def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, controllers, extra: dict, keep: int) -> None:
     """Write checkpoints/step_N and drop the oldest beyond `keep`."""
     final = folder / f"step_{step:06d}"
     partial = folder / f"step_{step:06d}.partial"
@@ -163,11 +165,11 @@ def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, extra:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     state = {"step": step, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state(), **extra}
+    state["controllers"] = controllers.state_dict()
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
     torch.save(state, partial / "training_state.pt")
-    if "controllers" in extra:  # for people to read; what is loaded is in training_state.pt
-        (partial / "controllers.json").write_text(json.dumps(extra["controllers"], indent=2) + "\n", encoding="utf-8")
+    controllers.save(partial / "controllers.json")  # for people to read; what is loaded is in training_state.pt
     replace_folder(partial, final)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -178,12 +180,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial" and path.is_dir())
 
 
-def load_checkpoint(folder: Path, model, optimizer) -> dict:
+def load_checkpoint(folder: Path, model, optimizer, controllers) -> dict:
     """Put a checkpoint's weights and optimizer state into place; returns the rest of the state."""
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(state.pop("optimizer"))
+    controllers.load_state_dict(state.pop("controllers"))
     torch.set_rng_state(state.pop("torch_rng"))
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state.pop("cuda_rng"))
@@ -219,7 +222,9 @@ def check_same_experiment(folder: Path, config: Config) -> None:
     if not (folder / "config.yaml").exists():
         return
     old, new = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text("utf-8"), dump_config(config)))
-    free = {"max_steps", "num_epochs", "eval_interval", "ckpt_save_interval", "keep_checkpoints", "device"}
+    free = {"eval_interval", "ckpt_save_interval", "keep_checkpoints", "device", "gradient_checkpointing"}
+    if config.training.lr_schedule == "constant":  # a decaying rate would jump if the end moved
+        free |= {"max_steps", "num_epochs"}
     for section in new:
         for name in sorted(set(new[section]) | set(old.get(section, {}))):
             before, now = old.get(section, {}).get(name), new[section].get(name)

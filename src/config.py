@@ -43,6 +43,7 @@ class ModelConfig:
     device: str = key("auto", "`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`.")
     dtype: str = key("bfloat16", "Precision of the weights.", choices=("float32", "bfloat16"))
     trust_remote_code: bool = key(False, "Allow a model repository to run its own Python code.")
+    gradient_checkpointing: bool = key(False, "Compute each layer again in the backward pass: less memory, more time.")
 
 
 @dataclass
@@ -240,7 +241,9 @@ class TrainingConfig:
     maxent_clipped: bool = key(
         False, "The weights take the place of advantages in the clipped policy loss.", read_by=("maxent",)
     )
-    maxent_token_counts: bool = key(False, "Weights divided by completion length.", read_by=("maxent",))
+    maxent_token_counts: bool = key(
+        False, "Weights divided by completion length and renormalised: favours short ones.", read_by=("maxent",)
+    )
     # controllers
     tau_target_entropy: float | None = key(
         None, "Weight entropy in nats that tau is steered to; empty: tau stays.", minimum=0, read_by=("maxent",)

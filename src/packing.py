@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from src.config import ConfigError
 from src.rl_datasets import Problem
 
 try:  # torch >= 2.10; CUDA only
@@ -212,6 +213,43 @@ def grpo_packed_attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_plan.attend(module.layer_idx, query, key, value, scaling), None
+
+
+class ProbeAttention(PackedAttention):
+    """Notes which layers call the attention function, for sequences as long as they may become."""
+
+    def __init__(self, longest: int, device, dtype):
+        super().__init__(*np.array([[0], [2], [0], [0]]), device, dtype)
+        self.longest, self.layers = longest, set()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.layers.add(layer)
+        return super().attend(layer, query, key, value, scaling)
+
+
+@torch.no_grad()
+def check_attention(model, longest: int) -> None:
+    """ConfigError unless every layer mixes tokens through this file's attention alone.
+
+    A recurrent or convolutional layer would see a packed row as one text, and leak between completions.
+    """
+    probe = ProbeAttention(longest, model.device, model.dtype)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    name = model.config.model_type
+    try:
+        model.get_decoder()(
+            input_ids=ids,
+            position_ids=torch.arange(2, device=model.device)[None],
+            use_cache=False,
+            attention_plan=probe,
+        )
+    except (NotImplementedError, AttributeError, TypeError) as error:
+        raise ConfigError(f"models of type {name} cannot be used: {error}") from error
+    if len(probe.layers) != model.config.get_text_config().num_hidden_layers:
+        raise ConfigError(
+            f"models of type {name} cannot be used: only {len(probe.layers)} of their layers are attention that can be "
+            f"packed, and other layers would mix the completions of a row"
+        )
 
 
 AttentionInterface.register(ATTENTION_NAME, grpo_packed_attention)

@@ -170,12 +170,22 @@ def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
 
 
 def weight_metrics(weights, q, reference_logprobs, advantages, mask, training) -> dict[str, Tensor]:
-    """Entropies [groups] of the weights and of the softmax of the advantages, and what the meta-controller needs."""
+    """Entropies of the weights and of the softmax of the advantages, and what the meta-controller needs.
+
+    Of the groups whose weights are used, those with variance: the others would steer tau and do nothing else.
+    """
+    used = has_variance(advantages, mask)[:, 0]
+    weights, q, reference_logprobs, advantages, mask = (
+        rows[used] for rows in (weights, q, reference_logprobs, advantages, mask)
+    )
     entropies = entropy(weights)
-    metrics = {"maxent/weight_entropy": entropies, "maxent/weight_entropy_min": entropies,
-               "maxent/weight_entropy_max": entropies,
-               "maxent/weight_entropy_normalized": entropies / mask.sum(1).clamp_min(2).log(),
-               "maxent/advantage_entropy": entropy(group_softmax(advantages, mask))}  # fmt: skip
+    metrics = {
+        "maxent/weight_entropy": entropies,
+        "maxent/weight_entropy_min": entropies,
+        "maxent/weight_entropy_max": entropies,
+        "maxent/weight_entropy_normalized": entropies / mask.sum(1).log(),
+        "maxent/advantage_entropy": entropy(group_softmax(advantages, mask)),
+    }
     if training.meta_lr > 0:
         slopes = weight_entropy_gradients(weights, q, reference_logprobs, training.tau, training.beta, mask)
         metrics |= {"maxent/entropy_slope_tau": slopes[0], "maxent/entropy_slope_beta": slopes[1]}

@@ -255,7 +255,10 @@ def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> lis
         if tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages) + "\n"
         else:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, problem=row)
+            # date_string: some templates (Llama 3.2) write today's date, and tomorrow's run would have other prompts
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, problem=row, date_string="26 Jul 2024"
+            )
         texts.append(text + prefix)
     all_ids = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
     return [

@@ -209,7 +209,8 @@ def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, T
         hidden = model.get_decoder()(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in chunk])).to(device)[None],
-            use_cache=False, attention_plan=PromptCache(chunk, first, keys, values),
+            use_cache=False,
+            attention_plan=PromptCache(chunk, first, keys, values),
         ).last_hidden_state[0]  # [tokens, hidden]
         last_hidden.append(hidden[torch.from_numpy(np.cumsum(chunk) - 1).to(device)])
         first += count

@@ -91,8 +91,8 @@ class Telemetry:
                 f"step {step}/{self.max_steps}  reward {reward:.3f}  "
                 f"answer {metrics.get('train/answer', math.nan):.3f}  "
                 + (f"kl {metrics['train/kl_k3']:.4f}  " if "train/kl_k3" in metrics else "")
-                + f"entropy {metrics['train/entropy']:.3f}  "
-                f"length {metrics['rollout/length']:.1f}  {speed:,.0f} tokens/s  {seconds:.2f} s"
+                + (f"entropy {metrics['train/entropy']:.3f}  " if "train/entropy" in metrics else "")
+                + f"length {metrics['rollout/length']:.1f}  {speed:,.0f} tokens/s  {seconds:.2f} s"
             )
 
     def write_text(self, tag: str, text: str, step: int) -> None:
@@ -126,6 +126,8 @@ class Means:
 
     def add(self, name: str, values: Tensor) -> None:
         values = values.detach()
+        if values.numel() == 0:
+            return
         if name.endswith(("_min", "_max")):
             chosen = min if name.endswith("_min") else max
             value = float(getattr(values, name[-3:])())

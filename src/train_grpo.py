@@ -31,7 +31,7 @@ from src.checkpoint import (
 from src.config import Config, ConfigError, TrainingConfig, dump_config
 from src.maxent import Controllers, ControllerSettings, seed_grpo_scale, semantic_entropy
 from src.optim import build_optimizer
-from src.packing import Group, pack, split_into_microbatches
+from src.packing import Group, check_attention, pack, split_into_microbatches
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
 from src.rl_datasets import Problem, get_task, last_answer, make_problems
 from src.sampler import SamplingSettings, rollout
@@ -208,7 +208,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     penalty = PENALTIES[training.loss_type]
     updates = training.minibatches * training.inner_epochs
     pulls = penalty.needs_anchor and (training.beta > 0 or penalty.is_objective)
-    use_anchor = pulls or step % (training.eval_interval or run.max_steps) == 0  # else only measured, now and then
+    use_anchor = pulls or evaluates_at(run, step)  # without a pull the distance is only measured, now and then
     if updates > 1 and training.old_logprobs == "trainer":
         groups = add_old_logprobs(run, groups)
     rate = learning_rate_at(step, run.max_steps, training)
@@ -217,7 +217,8 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     means, sums, skipped = Means(), defaultdict(float), 0
     for index in range(updates):
         weighted = add_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
-        if not pulls and training.entropy_coef == 0:  # a group without variance then has no gradient at all
+        # a group without variance then has no gradient: it is computed only where the whole step is to be measured
+        if not use_anchor and training.entropy_coef == 0:
             weighted = [g for g in weighted if any(e.advantage != 0 for e in g.episodes)]
         for batch in microbatches(run, weighted):
             loss, measured, parts = loss_of_microbatch(run, batch, training, updates == 1, use_anchor)
@@ -238,7 +239,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
             skipped += 1
             logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
         run.optimizer.zero_grad(set_to_none=True)
-    metrics = means.result() | sums | {"train/learning_rate": rate, "train/skipped_updates": skipped}
+    metrics = means.result() | dict(sums) | {"train/learning_rate": rate, "train/skipped_updates": skipped}
     return metrics | steer(run, metrics, step)
 
 
@@ -255,8 +256,14 @@ def steer(run: Run, metrics: dict[str, float], step: int) -> dict[str, float]:
             controllers.update_tau(measured, step)
     if "train/kl_k3" in metrics:
         controllers.update_beta(metrics["train/kl_k3"])
-    live = {"train/beta": controllers.beta}
+    live = {"train/beta": controllers.beta} if training.loss_type not in ("none", "listwise_kl") else {}
     return live | {"maxent/tau": controllers.tau} if training.loss_type == "maxent" else live
+
+
+def evaluates_at(run: Run, step: int) -> bool:
+    """Every eval_interval steps and after the last one."""
+    interval = run.config.training.eval_interval
+    return step == run.max_steps or (interval > 0 and step % interval == 0)
 
 
 @torch.no_grad()
@@ -355,6 +362,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     tokens = sum(len(episode.token_ids) for episode in episodes)
     for part in episodes[0].reward_parts:
         metrics[f"train/{part}"] = sum(e.reward_parts[part] for e in episodes) / len(episodes)
+    metrics["train/reward"] = sum(e.reward for e in episodes) / len(episodes)  # what was trained on
     flat = sum(all(e.advantage == 0 for e in group.episodes) for group in groups)
     metrics |= {
         "train/groups_without_variance": flat / len(groups),
@@ -365,84 +373,83 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
         "update/tokens_per_second": tokens / seconds["time/update"],
     }
     on_gpu = run.model.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated(run.model.device)
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     metrics["memory/peak_gib"] = peak / 2**30
     return metrics | seconds, groups
 
 
-def prepare(config: Config, dataset_name: str) -> Run:
+def load_problems(config: Config, task, tokenizer, split: str) -> list[Problem]:
+    """Every problem of a split whose prompt fits."""
+    limit = config.training.max_prompt_len
+    rows = task.load(split)
+    problems = make_problems(task, rows, tokenizer, limit)
+    if len(problems) < len(rows):
+        logger.warning(
+            f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than max_prompt_len and are left out"
+        )
+    if not problems:
+        raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len ({limit} tokens); raise it")
+    return problems
+
+
+def warn_of_idle_penalty(training: TrainingConfig) -> None:
+    """With one update a rollout the rollout anchor is the policy itself: distance and gradient are zero (k1: noise)."""
+    idle = training.loss_type in ("kl", "approx_kl") or (training.loss_type == "ot" and training.ot_debias)
+    if training.anchor == "rollout" and training.minibatches * training.inner_epochs == 1 and idle:
+        logger.warning(
+            "anchor: rollout with one update a rollout compares the policy with itself: the penalty does nothing; "
+            "use anchor: reference, or minibatches or inner_epochs above 1"
+        )
+
+
+def build_controllers(training: TrainingConfig) -> Controllers:
+    """tau and beta with what moves them, if anything does."""
+    same = ("tau_target_entropy", "tau_target_entropy_start", "tau_target_anneal_steps", "tau_lr", "tau_min", "tau_max",
+            "tau_warmup_steps", "beta_min", "beta_max")  # fmt: skip
+    settings = {name: getattr(training, name) for name in same}
+    settings |= {"kl_target": training.beta_kl_target, "kl_horizon": training.beta_horizon}
+    return Controllers(training.tau, training.beta, ControllerSettings(**settings, meta_lr=training.meta_lr or 0.1))
+
+
+def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run:
     """Load data and model. Everything a user can get wrong is wrong here, before anything is written."""
     training = config.training
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config)
     task = get_task(dataset_name, config.data)
-    problems = {}
-    for split in ("train", config.data.eval_split):
-        rows = task.load(split)
-        problems[split] = make_problems(task, rows, tokenizer, training.max_prompt_len)
-        dropped = len(rows) - len(problems[split])
-        if dropped:
-            logger.warning(f"{dropped} of {len(rows)} {split} prompts are longer than max_prompt_len and are left out")
-        if not problems[split]:
-            raise ConfigError(
-                f"{config.source}: no {split} prompt fits training.max_prompt_len "
-                f"({training.max_prompt_len} tokens); raise it"
-            )
-    if (
-        training.anchor == "rollout"
-        and training.minibatches * training.inner_epochs == 1
-        and training.loss_type != "none"
-    ):
-        logger.warning(
-            "anchor: rollout with one update a rollout compares the policy with itself: the penalty has no "
-            "gradient; use anchor: reference, or minibatches or inner_epochs above 1"
+    train_problems = load_problems(config, task, tokenizer, "train") if for_training else []
+    eval_problems = load_problems(config, task, tokenizer, config.data.eval_split)
+    if for_training and len(train_problems) < training.num_questions_per_batch:
+        raise ConfigError(
+            f"{config.source}: training.num_questions_per_batch ({training.num_questions_per_batch}) is more than there "
+            f"are training problems ({len(train_problems)}); lower it"
         )
+    warn_of_idle_penalty(training)
     model = load_model(config, device)
-    anchor = load_model(config, device).requires_grad_(False)
-    optimizer = build_optimizer(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        learning_rate=training.learning_rate,
-        betas=tuple(training.betas),
-        eps=training.adam_eps,
-        weight_decay=training.weight_decay,
-        memory_efficient=training.memory_efficient_adamw,
-        master_bits=24,
-        state_bits=8,
-        offload=False,
-    )
-    per_epoch = max(1, len(problems["train"]) // training.num_questions_per_batch)
+    check_attention(model, training.max_prompt_len + training.max_gen_len)
+    anchor = optimizer = None
+    if for_training:
+        anchor = load_model(config, device).requires_grad_(False)
+        optimizer = build_optimizer(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            learning_rate=training.learning_rate,
+            betas=tuple(training.betas),
+            eps=training.adam_eps,
+            weight_decay=training.weight_decay,
+            memory_efficient=training.memory_efficient_adamw,
+            master_bits=24,
+            state_bits=8,
+            offload=False,
+        )
+    per_epoch = len(train_problems) // training.num_questions_per_batch
     max_steps = training.max_steps or per_epoch * training.num_epochs
-    controllers = Controllers(
-        training.tau,
-        training.beta,
-        ControllerSettings(
-            tau_target_entropy=training.tau_target_entropy,
-            tau_target_entropy_start=training.tau_target_entropy_start,
-            tau_target_anneal_steps=training.tau_target_anneal_steps,
-            tau_lr=training.tau_lr,
-            tau_min=training.tau_min,
-            tau_max=training.tau_max,
-            tau_warmup_steps=training.tau_warmup_steps,
-            kl_target=training.beta_kl_target,
-            kl_horizon=training.beta_horizon,
-            beta_min=training.beta_min,
-            beta_max=training.beta_max,
-            meta_lr=training.meta_lr or 0.1,
-        ),
-    )
-    return Run(
-        config,
-        task,
-        tokenizer,
-        problems["train"],
-        problems[config.data.eval_split],
-        model,
-        anchor,
-        optimizer,
-        controllers,
-        max_steps,
-        end_token_ids(model, tokenizer),
-    )
+    eos_ids = end_token_ids(model, tokenizer)
+    return Run(config, task, tokenizer, train_problems, eval_problems, model, anchor, optimizer,
+               build_controllers(training), max_steps, eos_ids)  # fmt: skip
 
 
 def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", fresh: bool = False) -> dict:
@@ -456,7 +463,7 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
     if fresh and folder.exists():  # only now: a config that cannot run moves nothing
         set_aside(folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
-    state = load_checkpoint(checkpoints[-1], run.model, run.optimizer) if checkpoints else None
+    state = load_checkpoint(checkpoints[-1], run.model, run.optimizer, run.controllers) if checkpoints else None
     first_step = state["step"] + 1 if state else 0
     if final.exists() and first_step > run.max_steps:
         logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
@@ -481,7 +488,6 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
     training = run.config.training
     if state:
         logger.info(f"going on after step {state['step']}")
-        run.controllers.load_state_dict(state["controllers"])
         if "anchor" in state:
             run.anchor.load_state_dict(state["anchor"])
         first, last = state["first_evaluation"], state["last_evaluation"]
@@ -494,8 +500,7 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
     metrics = last
     for step in range(start, run.max_steps + 1):
         metrics, groups = train_step(run, step)
-        at_end = step == run.max_steps
-        looks = at_end or (training.eval_interval and step % training.eval_interval == 0)
+        at_end, looks = step == run.max_steps, evaluates_at(run, step)
         if looks:
             started = time.perf_counter()
             last = evaluate(run)
@@ -510,11 +515,18 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None,
             logger.info(f"step {step}/{run.max_steps}: {accuracy_line(last)}")
         due = training.ckpt_save_interval and step % training.ckpt_save_interval == 0
         if at_end or due or stop.number:
-            extra = {"first_evaluation": first, "last_evaluation": last, "controllers": run.controllers.state_dict()}
+            extra = {"first_evaluation": first, "last_evaluation": last}
             if training.reference_sync_steps:
                 extra["anchor"] = run.anchor.state_dict()
             save_checkpoint(
-                folder / "checkpoints", step, run.model, run.tokenizer, run.optimizer, extra, training.keep_checkpoints
+                folder / "checkpoints",
+                step,
+                run.model,
+                run.tokenizer,
+                run.optimizer,
+                run.controllers,
+                extra,
+                training.keep_checkpoints,
             )
         if stop.number and not at_end:
             logger.info(f"stopped after step {step} and saved; the same command goes on from here")
@@ -536,6 +548,6 @@ def completions_table(groups: list[Group], shown: int = 8) -> str:
 def run_evaluation(config: Config, dataset_name: str) -> dict[str, float]:
     """--eval_only: evaluate the config's model and print the result."""
     configure_logging()
-    metrics = evaluate(prepare(config, dataset_name))
+    metrics = evaluate(prepare(config, dataset_name, for_training=False))
     logger.info(accuracy_line(metrics))
     return metrics

@@ -22,6 +22,7 @@ from src.checkpoint import (
     save_model,
 )
 from src.config import Config, ConfigError
+from src.maxent import Controllers
 from src.optim import build_optimizer
 from src.packing import Episode, Group, pack
 from src.rl_datasets import Problem
@@ -82,14 +83,14 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path, tiny_m
     train(model, optimizer, (1, 2))
     torch.manual_seed(5)
     extra = {"first_evaluation": {"eval/greedy": 0.25}, "controllers": {"tau": 0.1, "entropy_average": None}}
-    save_checkpoint(tmp_path, 2, model, tokenizer, optimizer, extra, keep=2)
+    save_checkpoint(tmp_path, 2, model, tokenizer, optimizer, Controllers(0.1, 0.04), extra, keep=2)
     drawn = torch.rand(3)
     train(model, optimizer, (3, 4))
 
     resumed = load_model(config, CPU)
     resumed_optimizer = make_optimizer(resumed, memory_efficient)
     torch.manual_seed(99)
-    state = load_checkpoint(list_checkpoints(tmp_path)[-1], resumed, resumed_optimizer)
+    state = load_checkpoint(list_checkpoints(tmp_path)[-1], resumed, resumed_optimizer, Controllers(0.1, 0.04))
     assert state["step"] == 2
     assert {name: state[name] for name in extra} == extra
     assert torch.equal(torch.rand(3), drawn), "the random generator goes on where it was"
@@ -103,7 +104,7 @@ def save_steps(folder, config, steps, keep: int) -> None:
     model, tokenizer = load_model(config, CPU), load_tokenizer(config)
     optimizer = make_optimizer(model, False)
     for step in steps:
-        save_checkpoint(folder, step, model, tokenizer, optimizer, {}, keep)
+        save_checkpoint(folder, step, model, tokenizer, optimizer, Controllers(0.1, 0.04), {}, keep)
 
 
 def test_only_the_newest_are_kept(tmp_path, tiny_model_folder):
@@ -151,7 +152,7 @@ def test_a_checkpoint_is_loaded_without_unpickling(tmp_path, tiny_model_folder):
     checkpoint = list_checkpoints(tmp_path)[0]
     torch.save({"step": 1, "optimizer": SimpleNamespace()}, checkpoint / "training_state.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        load_checkpoint(checkpoint, load_model(config, CPU), None)
+        load_checkpoint(checkpoint, load_model(config, CPU), None, None)
 
 
 # --- final/ -----------------------------------------------------------------------------------------------------------

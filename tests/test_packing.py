@@ -6,9 +6,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    Lfm2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from src.packing import ATTENTION_NAME, Episode, Group, PackedAttention, pack, split_into_microbatches
+from src.config import ConfigError
+from src.packing import (
+    ATTENTION_NAME,
+    Episode,
+    Group,
+    PackedAttention,
+    check_attention,
+    pack,
+    split_into_microbatches,
+)
 from src.rl_datasets import Problem
 from src.scoring import score
 
@@ -164,3 +182,38 @@ def test_what_the_attention_cannot_do_is_refused_by_name():
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval()
     with pytest.raises(NotImplementedError, match="attends to 4 tokens"):
         score(model, pack(make_groups(torch.Generator().manual_seed(1), RAGGED), "cpu", torch.float32), 1.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_gradient_checkpointing_changes_no_gradient_and_does_compute_again(name):
+    groups = make_groups(torch.Generator().manual_seed(1), RAGGED)
+    gradients, saved = [], []
+    for checkpointing in (False, True):
+        packed, _ = make_pair(name)
+        if checkpointing:
+            packed.gradient_checkpointing_enable({"use_reentrant": False})
+            packed.train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            scores = score(packed, pack(groups, "cpu", torch.float32), 1.0)
+        saved.append(sum(sizes))
+        scores.logprobs.sum().backward()
+        gradients.append([p.grad for p in packed.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert saved[1] < 0.6 * saved[0]
+
+
+def test_models_that_a_packed_row_would_leak_through_are_refused():
+    check_attention(make_pair("llama")[0], 100)
+    config = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
+    with pytest.raises(ConfigError, match="only 1 of their layers are attention"):
+        check_attention(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval(), 100)
+    config = Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    with pytest.raises(ConfigError, match="attends to 4 tokens, but sequences have up to 100"):
+        check_attention(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval(), 100)
+    config = Gemma2Config(**SHAPE, head_dim=8)
+    with pytest.raises(ConfigError, match="softcap"):
+        check_attention(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval(), 100)

@@ -544,8 +544,8 @@ def test_log_ratios_of_80_still_move_the_policy(form):
     assert gradient.norm() > 1e-3
 
 
-@pytest.mark.parametrize("log_ratio", [80.0, -80.0])
-def test_k1_and_k2_are_exact_at_80_and_their_gradients_have_the_right_sign(log_ratio):
+@pytest.mark.parametrize("log_ratio", [80.0, -80.0, 300.0, -300.0])  # exp(80) alone still fits fp32
+def test_k1_and_k2_are_exact_far_away_k3_is_finite_and_their_gradients_have_the_right_sign(log_ratio):
     anchor = torch.tensor([-90.0])
     logprobs = (anchor + log_ratio).requires_grad_()
     estimates = kl_estimates(logprobs, anchor)
