@@ -389,7 +389,7 @@ def load_problems(config: Config, task, tokenizer, split: str) -> list[Problem]:
     problems = make_problems(task, rows, tokenizer, limit)
     if len(problems) < len(rows):
         logger.warning(
-            f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than max_prompt_len and are left out"
+            f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than max_prompt_len: left out"
         )
     if not problems:
         raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len ({limit} tokens); raise it")
@@ -425,8 +425,8 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     eval_problems = load_problems(config, task, tokenizer, config.data.eval_split)
     if for_training and len(train_problems) < training.num_questions_per_batch:
         raise ConfigError(
-            f"{config.source}: training.num_questions_per_batch ({training.num_questions_per_batch}) is more than there "
-            f"are training problems ({len(train_problems)}); lower it"
+            f"{config.source}: training.num_questions_per_batch ({training.num_questions_per_batch}) is more than "
+            f"there are training problems ({len(train_problems)}); lower it"
         )
     warn_of_idle_penalty(training)
     model = load_model(config, device)

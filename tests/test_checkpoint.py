@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -82,16 +83,18 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path, tiny_m
     optimizer = make_optimizer(model, memory_efficient)
     train(model, optimizer, (1, 2))
     torch.manual_seed(5)
-    extra = {"first_evaluation": {"eval/greedy": 0.25}, "controllers": {"tau": 0.1, "entropy_average": None}}
-    save_checkpoint(tmp_path, 2, model, tokenizer, optimizer, Controllers(0.1, 0.04), extra, keep=2)
+    extra = {"first_evaluation": {"eval/greedy": 0.25}}
+    save_checkpoint(tmp_path, 2, model, tokenizer, optimizer, Controllers(math.inf, 0.07), extra, keep=2)
     drawn = torch.rand(3)
     train(model, optimizer, (3, 4))
 
     resumed = load_model(config, CPU)
     resumed_optimizer = make_optimizer(resumed, memory_efficient)
     torch.manual_seed(99)
-    state = load_checkpoint(list_checkpoints(tmp_path)[-1], resumed, resumed_optimizer, Controllers(0.1, 0.04))
+    controllers = Controllers(0.1, 0.04)
+    state = load_checkpoint(list_checkpoints(tmp_path)[-1], resumed, resumed_optimizer, controllers)
     assert state["step"] == 2
+    assert (controllers.tau, controllers.beta) == (math.inf, 0.07)
     assert {name: state[name] for name in extra} == extra
     assert torch.equal(torch.rand(3), drawn), "the random generator goes on where it was"
     assert not same(resumed.state_dict(), model.state_dict())
