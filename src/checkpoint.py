@@ -226,8 +226,8 @@ def check_same_experiment(folder: Path, config: Config) -> None:
     if config.training.lr_schedule == "constant":  # a decaying rate would jump if the end moved
         free |= {"max_steps", "num_epochs"}
     for section in new:
-        for name in sorted(set(new[section]) | set(old.get(section, {}))):
-            before, now = old.get(section, {}).get(name), new[section].get(name)
+        for name in sorted(set(new[section]) & set(old.get(section, {}))):  # a key of a later version has its default
+            before, now = old[section][name], new[section][name]
             if before != now and name not in free:
                 raise ConfigError(
                     f"{folder} was made with {section}.{name} = {before}, this config says {now}; "

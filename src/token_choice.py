@@ -90,29 +90,34 @@ def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     return chosen.clamp_(max=weights.shape[-1] - 1)  # NaN finds no place
 
 
-def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [S] and their log-probs [S], NaN where logits are not finite; fp32 logits [S, V] are overwritten.
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """invert_cdf for a large vocabulary, in two levels: blocks first, then inside the chosen block.
 
-    Inverse CDF in two levels, blocks first and then inside the chosen block: a float64 cumulative sum over a large
-    vocabulary would take longer than the head.
+    One float64 cumulative sum over the whole vocabulary would take longer than the head.
     """
+    vocabulary = weights.shape[-1]
+    if vocabulary <= BLOCK:
+        return invert_cdf(weights, uniform)
+    blocks, whole = vocabulary // BLOCK, vocabulary // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(1, (blocks, BLOCK)).sum(-1)
+    sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()  # [S, blocks + 1]
+    block = invert_cdf(sums, uniform)  # [S, 1]
+    of_block, cumulative = sums.gather(1, block), sums.cumsum(-1)
+    before = cumulative.gather(1, block) - of_block
+    rest = ((uniform * cumulative[:, -1:] - before) / of_block).clamp(0, 1 - 2.0**-52)  # the number inside the block
+    columns = block * BLOCK + torch.arange(BLOCK, device=block.device)  # [S, BLOCK]
+    inside = weights.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill_(columns >= vocabulary, 0)
+    return columns.gather(1, invert_cdf(inside, rest)).clamp_(max=vocabulary - 1)
+
+
+def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids [S] and their log-probs [S], NaN where logits are not finite; fp32 logits [S, V] are overwritten."""
     if settings.temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
     if settings.temperature != 1:
         logits.div_(settings.temperature)
     logits = truncate(logits, settings)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # [S, V]
-    vocabulary = weights.shape[-1]
-    blocks, whole = vocabulary // BLOCK, vocabulary // BLOCK * BLOCK
-    inside = weights[:, :whole].unflatten(1, (blocks, BLOCK)).sum(-1)
-    sums = torch.cat([inside, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()  # [S, blocks + 1]
-    uniform = uniforms(keys, positions)[:, None]
-    block = invert_cdf(sums, uniform)  # [S, 1]
-    of_block, total = sums.gather(1, block), sums.sum(-1, keepdim=True)
-    before = sums.cumsum(-1).gather(1, block) - of_block
-    rest = ((uniform * total - before) / of_block).clamp(0, 1 - 2.0**-52)  # the uniform number inside the block
-    columns = block * BLOCK + torch.arange(BLOCK, device=block.device)  # [S, BLOCK]
-    candidates = weights.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill_(columns >= vocabulary, 0)
-    tokens = columns.gather(1, invert_cdf(candidates, rest)).clamp_(max=vocabulary - 1)
-    return tokens[:, 0], (weights.gather(1, tokens) / total).log().float()[:, 0]
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # [S, V] the likeliest is 1
+    tokens = draw(weights, uniforms(keys, positions)[:, None])  # [S, 1]
+    return tokens[:, 0], (weights.gather(1, tokens) / weights.sum(-1, keepdim=True)).log()[:, 0]

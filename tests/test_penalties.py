@@ -740,6 +740,8 @@ def test_a_group_with_one_completion_left_is_inert_and_its_metrics_are_finite(lo
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     assert value[0] == 0 and (gradient[:3] == 0).all() and gradient[3:].isfinite().all() and gradient[3:].norm() > 1e-3
     assert all(values.isfinite().all() for values in metrics.values())
+    if loss_type == "listwise_kl":
+        torch.testing.assert_close(metrics["train/listwise_kl"], torch.stack([value[0], value[1:].mean()]).detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
