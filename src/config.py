@@ -16,6 +16,8 @@ import yaml
 
 # penalty names live here too, and not only in src/penalties.py, because checking a config must not import torch
 LOSS_TYPES = ("none", "kl", "approx_kl", "ot", "maxent", "listwise_kl")
+RATIO_READERS = ("none", "kl", "approx_kl", "ot")  # loss types with a policy term; maxent has one when it is clipped
+POLICY_KEYS = {"epsilon", "epsilon_high", "delta", "policy_loss", "importance_sampling_level"}
 
 
 class ConfigError(ValueError):
@@ -115,29 +117,39 @@ class TrainingConfig:
     skip_unfinished_episodes: bool = key(False, "Leave completions that hit max_gen_len out of the loss.")
     # the policy term
     epsilon: float = key(
-        0.2, "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).", minimum=0, below=1
+        0.2,
+        "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).",
+        minimum=0,
+        below=1,
+        read_by=(*RATIO_READERS, "maxent"),
     )
-    epsilon_high: float | None = key(None, "Clip range upwards; empty: epsilon.", minimum=0)
+    epsilon_high: float | None = key(
+        None, "Clip range upwards; empty: epsilon.", minimum=0, read_by=(*RATIO_READERS, "maxent")
+    )
     delta: float | None = key(
         None,
         "Upper bound of the ratio also where the advantage is negative (two-sided clip, INTELLECT-2); empty: none.",
         above=1,
+        read_by=(*RATIO_READERS, "maxent"),
     )
     policy_loss: str = key(
         "ppo",
         "`ppo`: clipped surrogate; `cispo`: the clipped ratio is a constant weight of the log-prob.",
         choices=("ppo", "cispo"),
+        read_by=(*RATIO_READERS, "maxent"),
     )
     importance_sampling_level: str = key(
         "token",
         "One ratio a token (GRPO), or one a sequence, the geometric mean of its tokens' (GSPO).",
         choices=("token", "sequence"),
+        read_by=(*RATIO_READERS, "maxent"),
     )
     importance_cap: float | None = key(
         None,
         "Tokens are weighed by min(trainer / sampler probability, this), which "
         "corrects a sampler in lower precision; empty: off.",
         above=0,
+        read_by=RATIO_READERS,
     )
     loss_agg: str = key(
         "token",
@@ -349,7 +361,10 @@ def check_rules(value: Any, rules: Any, where: str) -> None:
         if item is None:
             continue
         if "choices" in rules and item not in rules["choices"]:
-            raise ConfigError(f"{where}: {item!r} is not known{suggest(str(item), list(rules['choices']))}")
+            advice = suggest(str(item), list(rules["choices"]))
+            if "did you mean" in advice:
+                advice += f" known are: {', '.join(sorted(rules['choices']))}"
+            raise ConfigError(f"{where}: {item!r} is not known{advice}")
         for rule, wrong, words in (
             ("minimum", lambda a, b: a < b, "at least"),
             ("above", lambda a, b: a <= b, "greater than"),
@@ -417,6 +432,8 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
 def unread_by(config: Config, name: str) -> tuple[str, ...]:
     """The loss types that read training key `name`, if this config's is not among them; else ()."""
     read_by = TrainingConfig.__dataclass_fields__[name].metadata.get("read_by", ())
+    if config.training.loss_type == "maxent" and not config.training.maxent_clipped and name in POLICY_KEYS:
+        return (*RATIO_READERS, "maxent with maxent_clipped: true")
     return () if config.training.loss_type in read_by else read_by
 
 

@@ -349,6 +349,7 @@ def every_key_changed(loss_type: str) -> dict:
     """A config in which every key that this loss type reads differs from its default."""
     probe = Config()
     probe.training.loss_type = loss_type
+    probe.training.maxent_clipped = True  # as it will be, and it decides whether the keys of the policy term are read
     given = {section: {field.name: other_value(field) for field in fields(SECTIONS[section])} for section in SECTIONS}
     given["training"] = {name: value for name, value in given["training"].items() if not unread_by(probe, name)}
     given["training"] |= {"loss_type": loss_type, "batch_size": 24, "num_questions_per_batch": 6, "betas": [0.25, 0.5]}
