@@ -2,6 +2,8 @@
 
 import os
 
-# By default they spin. On a machine that is busy with something else the spinning threads take the cores from those
-# that have work: a step of the tiny model took 53 s that way and 2.7 s with waiting (2 cores, load 5).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# By default they spin for long. On a machine that is busy with something else the spinning threads take the cores from
+# those that have work: steps of the tiny model took up to 53 s that way. A short spin is as fast where the machine is
+# idle, and where it is not costs no more than sleeping at once (benchmarks/RESULTS.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
