@@ -202,7 +202,7 @@ def test_the_notebook_is_committed_executed_small_and_without_paths_of_a_machine
     code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert len(text) < 1_000_000
-    for place in ("/root/", "/home/", "/Users/", "/work/", "/tmp/", str(PROJECT), str(Path.home())):
+    for place in (*(f"/{name}/" for name in ("root", "home", "Users", "work", "tmp")), str(PROJECT), str(Path.home())):
         assert place not in text, place
 
 
