@@ -248,6 +248,8 @@ def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> lis
 
     A chat template also receives the row as `problem`. Without a chat template the messages are joined by blank lines.
     """
+    from jinja2 import TemplateError  # here: --help must stay instant
+
     prefix = task.response_prefix if task.data.response_prefix is None else task.data.response_prefix
     texts = []
     for row in rows:
@@ -256,9 +258,15 @@ def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> lis
             text = "\n\n".join(message["content"] for message in messages) + "\n"
         else:
             # date_string: some templates (Llama 3.2) write today's date, and tomorrow's run would have other prompts
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, problem=row, date_string="26 Jul 2024"
-            )
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, problem=row, date_string="26 Jul 2024"
+                )
+            except TemplateError as error:
+                raise ConfigError(
+                    f"the model's chat template refuses the prompt ({error}); if it knows no system message, set "
+                    f'data.system_prompt: ""'
+                ) from error
         texts.append(text + prefix)
     all_ids = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
     return [

@@ -578,6 +578,19 @@ def test_a_chat_template_already_has_its_begin_token(tokenizer):
     assert problem.prompt_ids.count(begin) == 1
 
 
+def test_a_template_that_knows_no_system_message_is_one_sentence(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    )
+    task = get_task("countdown")
+    rows = [{"nums": [1, 2, 3], "target": 6}]
+    with pytest.raises(ConfigError, match=r"System role not supported.*set data.system_prompt"):
+        make_problems(task, rows, tokenizer, 1000)
+    task.data.system_prompt = ""
+    assert make_problems(task, rows, tokenizer, 1000)
+
+
 def test_prompts_without_a_chat_template(tokenizer):
     beginning, begin = with_begin_token(tokenizer)
     beginning.chat_template = None
