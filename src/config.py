@@ -290,7 +290,7 @@ class TrainingConfig:
     warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
     lr_schedule: str = key(
         "constant",
-        "After the warm-up: constant, or linear or cosine decay to zero at the last step.",
+        "After the warm-up: constant, or linear or cosine decay that would reach zero just after the last step.",
         choices=("constant", "linear", "cosine"),
     )
     betas: list[float] = key([0.9, 0.999], "Adam's decay rates.", minimum=0, below=1)
@@ -314,8 +314,8 @@ class Config:
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
-# Keys of the GRPO-mini format that only some loss types read: its files carry all of them, so they never complain.
 ALIASES = {"mask_truncated": "skip_unfinished_episodes"}  # names other trainers use
+# Keys of the GRPO-mini format that only some loss types read: its files carry all of them, so they never complain.
 SEED_FORMAT_KEYS = {"beta", "kl_target", "ot_target", "ot_window"}
 
 

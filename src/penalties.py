@@ -160,7 +160,7 @@ def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     weights = maxent_weights(q, reference_logprobs, training.tau, training.beta, counts, mask)  # [groups, G]
     sizes = mask.sum(1, keepdim=True)
     signed = weights - mask.to(weights.dtype) / sizes if training.maxent_baseline else weights
-    # times G: an episode's share of its group's sum, so that the mean over episodes is the mean over groups
+    # times G: the mean over episodes is then the mean over groups (of equal size) of their weighted sums
     shares = (signed * sizes * has_variance(rewards, mask))[mask]  # [E]
     metrics = weight_metrics(weights, q, reference_logprobs, inputs.by_group(batch.advantages)[0], mask, training)
     if training.maxent_clipped:
