@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from src.config import ConfigError, load_config
-from src.rl_datasets import TASKS
+from src.config import ConfigError, RunError, load_config
+from src.rl_datasets import TASKS, get_task
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -18,7 +18,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Nothing heavy is imported before it and the config are known to be good."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file that defines the experiment")
-    parser.add_argument("--dataset_name", required=True, choices=sorted(TASKS), help="task to train on")
+    parser.add_argument(
+        "--dataset_name", required=True, metavar="TASK", help=f"{', '.join(TASKS)}, or a class of data.task_file"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -28,7 +30,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="override a config key, for example training.learning_rate=1e-5; repeatable",
     )
     parser.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
-    parser.add_argument("--eval_only", action="store_true", help="evaluate the model, train nothing, write nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--eval_only", action="store_true", help="evaluate the model and write a report; no training")
+    instead.add_argument("--check", action="store_true", help="load config, data and model, say what will fit, stop")
     return parser.parse_args(arguments)
 
 
@@ -36,9 +40,12 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        from src.train_grpo import run_evaluation, run_training  # torch and transformers: seconds to import
+        get_task(arguments.dataset_name, config.data)
+        from src.train_grpo import run_check, run_evaluation, run_training  # torch and transformers: seconds to import
 
-        if arguments.eval_only:
+        if arguments.check:
+            run_check(config, arguments.dataset_name)
+        elif arguments.eval_only:
             run_evaluation(config, arguments.dataset_name)
         else:
             run_training(config, arguments.dataset_name, fresh=arguments.fresh)
@@ -47,6 +54,9 @@ def main() -> int:
         file = "" if arguments.config in str(error) or str(error).startswith("--set") else f"{arguments.config}: "
         print(f"error: {file}{error}", file=sys.stderr)
         return 2
+    except RunError as error:  # a full disk, weights that became NaN: the run stopped, and what is saved is good
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the first step; afterwards the loop saves and exits by itself
         return 130
     return 0

@@ -1,233 +1,267 @@
-"""Models in, checkpoints out: everything a run needs to go on as if it had not stopped, in Hugging Face format.
+"""Checkpoints: everything a run needs to go on as if it had not stopped, in Hugging Face format.
 
-A checkpoint is one folder, written beside its final name and then renamed, so that a half-written one is never taken
-for a whole one. Data order and sampling are functions of (seed, step) and need no state of their own.
+Each is one folder (src/storage.py). Data order and sampling are functions of (seed, step) and have no state.
 """
 
+import errno
 import logging
-import os
+import math
+import random
+import re
 import shutil
-import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
-from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from safetensors import safe_open
 
 from src.config import Config, ConfigError, dump_config
-from src.packing import ATTENTION_NAME
+from src.models import from_weights
+from src.storage import (
+    StorageError,
+    find_damage,
+    read_manifest,
+    recover,
+    recover_all,
+    storage_problem,
+    write_folder,
+)
 
 logger = logging.getLogger("grpo")
-PROJECT_FOLDER = Path(__file__).resolve().parent.parent
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one, else CPU; a device that is not there is an error."""
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if available else "cpu")
+def write_safely(final: Path, what: str, safe: str, about: dict, write: Callable[[Path], None]) -> None:
+    """write_folder; when the disk does not take it, leave things as they were and say so in one sentence."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"model.device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(
-            f"model.device: {name} is not there; this machine has "
-            f"{torch.cuda.device_count()} CUDA devices; use model.device: auto"
-        )
-    return device
-
-
-def resolve_model_path(path: str) -> str:
-    """A local folder, as given or beside main.py; else a name the hub knows, or that is in its local cache."""
-    for candidate in (Path(path).expanduser(), PROJECT_FOLDER / path):
-        if candidate.is_dir():
-            if not (candidate / "config.json").is_file():
-                raise ConfigError(
-                    f"model.pretrained_model_path: {path} has no config.json, so it is not a model in "
-                    f"Hugging Face format"
-                )
-            return str(candidate)
-    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "~", "/", "models/"))
-    if not is_hub_id:
-        raise ConfigError(f"model.pretrained_model_path: there is no folder {path}; give a folder or a hub id")
-    try:
-        if try_to_load_from_cache(path, "config.json") is None:
-            HfApi().model_info(path, timeout=10)  # asks once, where from_pretrained goes on asking for half a minute
+        recover_all(final.parent)
+        check_free_space(final)
+        write_folder(final, about, write)
     except Exception as error:
-        raise cannot_load(path, error) from error
-    return path
-
-
-def cannot_load(path: str, error: Exception) -> ConfigError:
-    """What the user reads when a model can not be had: what to do, and the first line of the library's reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    advice = "check that folder" if Path(path).is_dir() else "check the name and the network, or give a local folder"
-    return ConfigError(f"model.pretrained_model_path: {path} cannot be loaded; {advice} ({reason})")
-
-
-def from_hub_or_folder(loader, path: str, **options):
-    """loader.from_pretrained, its errors in one sentence: a damaged file can raise nearly anything."""
-    try:
-        return loader.from_pretrained(path, **options)
-    except Exception as error:
-        raise cannot_load(path, error) from error
-
-
-def load_tokenizer(config: Config):
-    """The model's tokenizer; loading it first shows early whether the model is there at all."""
-    path = resolve_model_path(config.model.pretrained_model_path)
-    return from_hub_or_folder(AutoTokenizer, path, trust_remote_code=config.model.trust_remote_code)
-
-
-def load_model(config: Config, device: torch.device, path: str | None = None):
-    """The model with the packed attention, dropout off; `path` loads the weights of a checkpoint instead."""
-    path = path or resolve_model_path(config.model.pretrained_model_path)
-    model_config = from_hub_or_folder(AutoConfig, path, trust_remote_code=config.model.trust_remote_code)
-    for name in vars(model_config):  # dropout would make the sampler and the trainer two different policies
-        if "dropout" in name and isinstance(getattr(model_config, name), float):
-            setattr(model_config, name, 0.0)
-    model, loading = from_hub_or_folder(
-        AutoModelForCausalLM,
-        path,
-        config=model_config,
-        dtype=getattr(torch, config.model.dtype),
-        attn_implementation=ATTENTION_NAME,
-        trust_remote_code=config.model.trust_remote_code,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:  # transformers would fill them with random numbers
-        raise ConfigError(
-            f"model.pretrained_model_path: {path} is incomplete; it has no weights for "
-            f"{', '.join(sorted(loading['missing_keys'])[:3])}; get the folder again"
-        )
-    if config.model.gradient_checkpointing:  # transformers does it in training mode only; dropout is off in any case
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.to(device).train()
-    return model.to(device).eval()
-
-
-def end_token_ids(model, tokenizer) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's and all of the model's own."""
-    ids = {tokenizer.eos_token_id}
-    for source in (model.generation_config, model.config.get_text_config()):
-        given = getattr(source, "eos_token_id", None)
-        ids.update(given if isinstance(given, list) else [given])
-    ids.discard(None)
-    if not ids:
-        raise ConfigError("the tokenizer and the model name no end-of-sequence token, so no completion could ever end")
-    return tuple(sorted(ids))
-
-
-def sync_folder(folder: Path) -> None:
-    """Force every file of a folder, and the folder itself, onto the disk."""
-    for path in [*sorted(folder.rglob("*")), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            recover(final)
+        except OSError:
+            logger.warning(f"{final}.partial could not be removed; it will be before the next save")
+        if storage_problem(error) is None:
+            raise
+        raise StorageError(f"{what} in {final.parent}", error, safe) from error
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Weights, config and tokenizer: AutoModelForCausalLM loads the folder. Written beside, then renamed."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    replace_folder(partial, folder)
+def check_free_space(final: Path) -> None:
+    """Fail before anything is written if there is less room than the newest checkpoint takes."""
+    newest = list_checkpoints(final.parent)[-1:]
+    needed = sum(file.stat().st_size for path in newest for file in path.rglob("*") if file.is_file())
+    if newest and shutil.disk_usage(final.parent).free < needed:
+        raise OSError(errno.ENOSPC, f"less than {needed} bytes are free")
 
 
-def replace_folder(partial: Path, final: Path) -> None:
-    """Give a completely written folder its name."""
-    sync_folder(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, controllers, extra: dict, keep: int) -> None:
-    """Write checkpoints/step_N and drop the oldest beyond `keep`."""
-    final = folder / f"step_{step:06d}"
-    partial = folder / f"step_{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    state = {"step": step, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state(), **extra}
-    state["controllers"] = controllers.state_dict()
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
-    torch.save(state, partial / "training_state.pt")
-    controllers.save(partial / "controllers.json")  # for people to read; what is loaded is in training_state.pt
-    replace_folder(partial, final)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+def write_model(model, tokenizer, folder: Path) -> None:
+    """Weights, config and tokenizer; of a model with an adapter (src/lora.py) the adapter alone."""
+    if hasattr(model, "peft_config"):
+        from src.lora import save_adapter  # here, because only a LoRA run needs peft
+
+        return save_adapter(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_model(model, tokenizer, folder: Path, step: int | None = None) -> None:
+    """Weights, config and tokenizer: AutoModelForCausalLM loads the folder. `step`: what finished_step returns."""
+
+    def write(partial: Path) -> None:
+        write_model(model, tokenizer, partial)
+
+    write_safely(folder, "the final model", "the checkpoints are safe", {"step": step}, write)
+
+
+def finished_step(folder: Path) -> int | None:
+    """The step whose weights final/ holds; None if it is not there or not as it was written."""
+    return read_manifest(folder)["step"] if find_damage(folder) is None else None
+
+
+def random_states() -> dict:
+    """Where every random generator is, as tensors and plain values: torch.load(weights_only=True) reads them."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python_rng": random.getstate(),
+        "numpy_rng": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+    }
+
+
+def set_random_states(state: dict) -> None:
+    """Put every random generator back; takes the four entries out of `state`."""
+    torch.set_rng_state(state.pop("torch_rng"))
+    for index, cuda_state in enumerate(state.pop("cuda_rng")[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, index)
+    random.setstate(state.pop("python_rng"))
+    kind, keys, *rest = state.pop("numpy_rng")
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model,
+    tokenizer,
+    optimizer,
+    controllers,
+    extra: dict,
+    keep: int,
+    score: float | None = None,
+) -> None:
+    """Write checkpoints/step_N; keep the last `keep` and the one with the highest score. StorageError: no room.
+
+    While it writes there are `keep` + 1 of them (and the best, if it is older).
+    """
+    state = {"step": step, "optimizer": optimizer.state_dict(), "controllers": controllers.state_dict()}
+    state |= {**random_states(), **extra}
+
+    def write(partial: Path) -> None:
+        write_model(model, tokenizer, partial)
+        with (partial / "training_state.pt").open("wb") as file:  # opened here, for the system's own errors
+            torch.save(state, file)
+        controllers.save(partial / "controllers.json")  # for people to read; what is loaded is in training_state.pt
+
+    earlier = list_checkpoints(folder)
+    safe = f"step {step_of(earlier[-1])} is safe in {earlier[-1].name}" if earlier else "there is no earlier one"
+    about = {"step": step, "score": score if score is not None and math.isfinite(score) else None}
+    write_safely(folder / f"step_{step:06d}", f"the checkpoint of step {step}", safe, about, write)
+    drop_checkpoints(folder, step, keep)
+
+
+def drop_checkpoints(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the last `keep` up to `step` and the best; what lies beyond was found bad and is written again."""
+    best = best_checkpoint(folder)
+    for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
+        if path == best:
+            continue
+        try:
+            leftover = path.rename(path.with_name(path.name + ".partial"))  # half removed, it is none any more
+            shutil.rmtree(leftover)
+        except OSError as error:
+            logger.warning(f"{path} could not be removed ({storage_problem(error)}); it takes up room")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial" and path.is_dir())
+    """Checkpoints that have their name, oldest first."""
+    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()), key=step_of)
 
 
-def load_checkpoint(folder: Path, model, optimizer, controllers) -> dict:
-    """Put a checkpoint's weights and optimizer state into place; returns the rest of the state."""
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest score, the newest of several; None if none has one."""
+    manifests = {path: read_manifest(path) or {} for path in list_checkpoints(folder)}
+    scored = [path for path, manifest in manifests.items() if manifest.get("score") is not None]
+    return max(scored, key=lambda path: (manifests[path]["score"], step_of(path)), default=None)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; None if there are no checkpoints at all.
+
+    Each newer one that is damaged is named in a warning. Call it under the RunLock: it clears up after a crash.
+    """
+    recover_all(folder)
+    damaged = {}
+    for path in reversed(list_checkpoints(folder)):
+        damaged[path.name] = find_damage(path)
+        if damaged[path.name] is None:
+            del damaged[path.name]
+            for name, damage in damaged.items():
+                logger.warning(f"checkpoint {name} cannot be used: {damage}; going on from {path.name}, before it")
+            return path
+    if damaged:
+        found = "; ".join(f"{name}: {damage}" for name, damage in damaged.items())
+        raise ConfigError(
+            f"{folder} holds no checkpoint that can be used ({found}); "
+            f"restore these files from a copy, or use --fresh to start over"
+        )
+    return None
+
+
+def live_weights(model) -> dict[str, torch.Tensor]:
+    """The model's own tensors by the names they are saved under; of a model with an adapter the adapter's."""
+    if hasattr(model, "peft_config"):
+        from src.lora import adapter_state
+
+        return adapter_state(model)
+    return model.state_dict()
+
+
+def saved_weights(folder: Path, model, trust_remote_code: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights in a folder, one tensor at a time, on the CPU."""
+    readers = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    if readers and live_weights(model).keys() >= {name for reader in readers for name in reader.keys()}:  # noqa: SIM118
+        for reader in readers:
+            yield from ((name, reader.get_tensor(name)) for name in reader.keys())  # noqa: SIM118
+    else:  # transformers writes the weights of some architectures under other names, and knows the way back
+        options = {"dtype": model.dtype, "trust_remote_code": trust_remote_code}
+        yield from from_weights(str(folder), **options).state_dict().items()
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model, trust_remote_code: bool = False) -> None:
+    """Copy saved weights into the model, tensor by tensor, bit for bit: no second model on its device."""
+    live, loaded = live_weights(model), set()
+    for name, tensor in saved_weights(folder, model, trust_remote_code):
+        here = live.get(name)
+        if here is None or here.shape != tensor.shape or here.dtype != tensor.dtype:
+            now = f"{list(here.shape)} of {here.dtype}" if here is not None else "nothing"
+            raise ConfigError(
+                f"{folder} does not fit the model: {name} is {list(tensor.shape)} of {tensor.dtype} there and {now} "
+                f"here; use the config it was made with, or --fresh to start over"
+            )
+        here.copy_(tensor)
+        loaded.add(here.data_ptr())
+    missing = [name for name, tensor in live.items() if tensor.data_ptr() not in loaded]  # tied ones share an address
+    if missing:
+        raise ConfigError(f"{folder} has no weights for {', '.join(missing[:3])}; use --fresh to start over")
+
+
+def load_checkpoint(folder: Path, model, optimizer, controllers, trust_remote_code: bool = False) -> dict:
+    """Put weights, optimizer, controllers and random generators into place; returns the rest of the state."""
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(state.pop("optimizer"))
-    controllers.load_state_dict(state.pop("controllers"))
-    torch.set_rng_state(state.pop("torch_rng"))
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state.pop("cuda_rng"))
+    load_weights(folder, model, trust_remote_code)
+    try:
+        optimizer.load_state_dict(state.pop("optimizer"))
+        controllers.load_state_dict(state.pop("controllers"))
+    except ValueError as error:
+        raise ConfigError(f"{folder} does not fit this config: {error}; use --fresh to start over") from error
+    set_random_states(state)
     return state
 
 
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to stop after this step; a second one stops at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        if self.number:
-            raise SystemExit(128 + number)
-        self.number = number
-        logger.info("stopping after this step; once more to stop at once")
-
-
-def set_aside(folder: Path) -> None:
-    """--fresh: the old run keeps its files under folder.1, folder.2, ..."""
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.{number}"))
-    logger.info(f"the old run is now {folder.name}.{number}")
-
-
 def check_same_experiment(folder: Path, config: Config) -> None:
-    """A run folder goes on only with the config it was made with; its length and intervals may change."""
+    """A run folder goes on only with the config it was made with; its length, intervals and hub may change."""
     if not (folder / "config.yaml").exists():
         return
-    old, new = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text("utf-8"), dump_config(config)))
+    try:
+        old, new = yaml.safe_load((folder / "config.yaml").read_text("utf-8")), yaml.safe_load(dump_config(config))
+        sections = {section: dict(old.get(section) or {}) for section in new if section != "hub"}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder}/config.yaml cannot be read; restore it, or use --fresh to start over") from error
     free = {"eval_interval", "ckpt_save_interval", "keep_checkpoints", "device", "gradient_checkpointing"}
     if config.training.lr_schedule == "constant":  # a decaying rate would jump if the end moved
         free |= {"max_steps", "num_epochs"}
-    for section in new:
-        for name in sorted(set(new[section]) & set(old.get(section, {}))):  # a key of a later version has its default
-            before, now = old[section][name], new[section][name]
+    for section, known in sections.items():
+        for name in sorted(set(new[section]) & set(known)):  # a key of a later version has its default
+            before, now = known[name], new[section][name]
             if before != now and name not in free:
                 raise ConfigError(
                     f"{folder} was made with {section}.{name} = {before}, this config says {now}; "

@@ -27,6 +27,10 @@ class ConfigError(ValueError):
         super().__init__(" ".join(sentence.splitlines()))
 
 
+class RunError(Exception):
+    """A run cannot go on, and what it has saved is good: a line for the user. main.py prints it and exits with 1."""
+
+
 def key(default: Any, doc: str, **rules: Any) -> Any:
     """A config field. Rules: minimum, above, maximum, below (numbers), choices, read_by (loss types)."""
     metadata = {"doc": doc, **rules}
@@ -59,9 +63,45 @@ class DataConfig:
         minimum=0,
     )
     train_size: int = key(8192, "Training problems to generate.", minimum=1)
-    eval_size: int = key(256, "Held-out problems of the fixed evaluation set.", minimum=1)
-    eval_split: str = key(
-        "test", "Held-out split to evaluate on; choose settings on `validation`.", choices=("test", "validation")
+    path: str | None = key(
+        None,
+        "Where the problems come from, in place of the task's own source: a local folder in the hub's layout, a "
+        ".parquet, .jsonl, .json or .csv file, or a hub id.",
+    )
+    eval_path: str | None = key(
+        None, "Separate source of the evaluation problems; a single file without it keeps a tenth of its rows for them."
+    )
+    subset: str | None = key(None, "Configuration of the data set on the hub, in place of the task's own.")
+    prompt_column: str | None = key(None, "Column of the question, in place of the task's own.")
+    answer_column: str | None = key(None, "Column of the reference answer, in place of the task's own.")
+    train_split: str = key("train", "Split to train on.")
+    eval_split: str = key("test", "Held-out split to evaluate on; choose settings on `validation`, where there is one.")
+    eval_size: int | None = key(
+        None,
+        "Problems of the fixed evaluation set. Empty: 256 where problems are generated, else a tenth of the split, at "
+        "least 1 and at most 1,000; they are drawn by data.seed.",
+        minimum=1,
+    )
+    math_levels: list[int] | None = key(None, "math: train on these levels only; empty: all.", minimum=1, maximum=5)
+    prompt_format: str = key(
+        "auto",
+        "`chat`: the tokenizer's chat template; `raw`: the messages as plain text, for base models; `auto`: chat where "
+        "there is a template.",
+        choices=("auto", "chat", "raw"),
+    )
+    task_file: str | None = key(None, "Python file with task classes of your own; --dataset_name names the class.")
+    reward_functions: list[str] | None = key(
+        None, "Reward functions of your own, as `file.py:function`: fn(completions, **columns) -> list of numbers."
+    )
+    reward_weights: list[float] | None = key(None, "Weight of each of reward_functions; empty: 1 each.")
+    task_reward_weight: float = key(1.0, "Weight of the task's own reward beside reward_functions.", minimum=0)
+    on_reward_error: str = key(
+        "zero",
+        "When a reward function raises, hangs or returns nonsense: reward 0 and a counted warning, or stop the run.",
+        choices=("zero", "stop"),
+    )
+    reward_timeout: float = key(
+        10.0, "Seconds a call may take: of the task's reward for one completion, of a reward function for all.", above=0
     )
     eval_samples: int = key(8, "Completions sampled for each evaluation problem, for pass@1 and pass@k.", minimum=1)
     eval_temperature: float | None = key(
@@ -100,6 +140,11 @@ class TrainingConfig:
         256, "Longest prompt in tokens; a longer one is left out, with a count in the log.", minimum=1
     )
     max_gen_len: int = key(1024, "Longest completion in tokens.", minimum=1)
+    max_seq_length: int | None = key(
+        None,
+        "scored: a completion that is longer than this with its prompt is left out; empty: the sum of the two above.",
+        minimum=2,
+    )
     inference_batch_size: int = key(256, "Completions decoded at once (slots of the key-value cache).", minimum=1)
     temperature: float = key(1.0, "Sampling temperature; log-probs are those of the tempered distribution.", above=0)
     stop_strings: list[str] | None = key(
@@ -298,9 +343,42 @@ class TrainingConfig:
     weight_decay: float = key(0.0, "Decoupled weight decay.", minimum=0)
     max_grad_norm: float = key(1.0, "The gradient is clipped to this norm.", above=0)
     memory_efficient_adamw: bool = key(False, "Compressed optimizer states, see src/optim.py.")
+    master_bits: int = key(24, "memory_efficient_adamw: precision of the master weights.", choices=(24, 32))
+    state_bits: int = key(8, "memory_efficient_adamw: bits of each of Adam's two moments.", choices=(8, 16, 32))
+    offload: bool = key(False, "memory_efficient_adamw: keep the optimizer's states in host memory.")
+    max_bad_steps: int = key(5, "So many steps in a row without a finite gradient stop the run.", minimum=1)
     eval_interval: int = key(10, "Steps between evaluations; 0: only before and after.", minimum=0)
     ckpt_save_interval: int = key(100, "Steps between checkpoints; 0: only at the end.", minimum=0)
     keep_checkpoints: int = key(2, "Checkpoints kept.", minimum=1)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (peft) in place of full weights: on when `r` or `path` is given."""
+
+    r: int = key(0, "Rank; 0: train the full weights.", minimum=0)
+    alpha: float = key(32.0, "The adapter's output is multiplied by alpha / r.", above=0)
+    dropout: float = key(
+        0.0,
+        "Dropout of the adapter's input in the update; sampling, evaluation and the reference have none.",
+        minimum=0,
+        below=1,
+    )
+    target_modules: list[str] | None = key(
+        None, "Names of the linear layers that get an adapter; empty: all but the head."
+    )
+    path: str | None = key(None, "Folder of a peft adapter to go on training.")
+    merge_on_save: bool = key(False, "final/ holds the whole model with the adapter merged in, not the adapter.")
+
+
+@dataclass
+class HubConfig:
+    """Push final/ to the Hugging Face hub when the run is complete."""
+
+    push_to_hub: bool = key(False, "Push final/, with a model card.")
+    hub_model_id: str | None = key(None, "Repository, as owner/name; empty: the run folder's name, under your account.")
+    hub_model_revision: str | None = key(None, "Branch; empty: the default branch.")
+    hub_private: bool = key(True, "Make a new repository private.")
 
 
 @dataclass
@@ -310,10 +388,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     source: str = ""  # the file it came from: its stem names the run folder
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig, "lora": LoraConfig, "hub": HubConfig}
 ALIASES = {"mask_truncated": "skip_unfinished_episodes"}  # names other trainers use
 # Keys of the GRPO-mini format that only some loss types read: its files carry all of them, so they never complain.
 SEED_FORMAT_KEYS = {"beta", "kl_target", "ot_target", "ot_window"}
@@ -412,6 +492,10 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
         raise ConfigError(f"{source}: training.meta_lr needs training.tau_target_entropy, the entropy to steer to")
     if training.tau_min > training.tau_max or training.beta_min > training.beta_max:
         raise ConfigError(f"{source}: training.tau_min and beta_min must not exceed tau_max and beta_max")
+    for name in ("master_bits", "state_bits", "offload"):
+        if getattr(training, name) != getattr(TrainingConfig, name) and not training.memory_efficient_adamw:
+            raise ConfigError(f"{source}: training.{name} needs training.memory_efficient_adamw: true")
+    check_lora(config, source)
     if "" in (training.stop_strings or []):
         raise ConfigError(f"{source}: training.stop_strings must not hold an empty text; every completion contains it")
     if len(training.betas) != 2 or training.betas[1] == 0:
@@ -427,6 +511,21 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
                 f"{source}: training.{name} is not read by loss_type {training.loss_type}; it belongs to "
                 f"{', '.join(read_by)}; remove the key or change the loss_type"
             )
+
+
+def check_lora(config: Config, source: str) -> None:
+    """The base under the adapter is the reference, so the reference cannot be another policy."""
+    lora, training = config.lora, config.training
+    if not lora.r and not lora.path:
+        given = [name for name, value in asdict(lora).items() if value != getattr(LoraConfig(), name)]
+        if given:
+            raise ConfigError(f"{source}: lora.{given[0]} needs lora.r or lora.path; set one of them")
+    elif training.anchor == "rollout" or training.reference_sync_steps:
+        name = "anchor: rollout" if training.anchor == "rollout" else "reference_sync_steps"
+        raise ConfigError(
+            f"{source}: training.{name} is not possible with lora, whose reference is the base under the adapter; "
+            f"remove it"
+        )
 
 
 def unread_by(config: Config, name: str) -> tuple[str, ...]:

@@ -1,16 +1,55 @@
 """Tasks: where prompts come from, what the model is asked, and what an answer is worth.
 
-A task is a class with three methods, `load`, `messages` and `reward`; TASKS names them for the command line.
+A task is a class with three methods; TASKS names those of this file, `data.task_file` may hold more:
+
+    load(split) -> list of rows (dicts)      messages(row) -> the chat that asks, [{"role": ..., "content": ...}, ...]
+    reward(completion_text, row) -> {"reward": what is trained on, "answer": 1 if right else 0, any other part: number}
+
+Optional: `__init__(self, data)`, which gets the DataConfig (afterwards every task has it as `self.data`); attributes
+`system_prompt` and `response_prefix`; `answer_of(text) -> str | None`, the final answer as votes are counted;
+`offline = True` where a group is not sampled but is row["completions"]. `class Mine(Task)` has all but `reward`.
 Nothing heavy is imported here before it is needed, so that `main.py --help` stays instant.
 """
 
 import hashlib
+import importlib.util
+import inspect
+import json
+import os
 import random
 import re
+import sys
+import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
+from typing import ClassVar
 
 from src.config import ConfigError, DataConfig, suggest
+from src.grading import (
+    MAX_DIGITS,
+    ExpressionError,
+    evaluate_expression,
+    final_answer,
+    gsm8k_reference,
+    has_think_answer_format,
+    last_answer,
+    math_is_correct,
+    math_reference,
+    number_is_correct,
+    parse_number,
+)
+from src.rows import keep_tenth, open_source
+
+SPLITS = ("train", "validation", "test")  # of generated problems
+GENERATED_EVAL_SIZE, MAX_EVAL_SIZE = 256, 1000
+MAX_ATTEMPTS = 20_000
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can hold half a surrogate pair, a tokenizer cannot
+OWN_MODULE = "data_task_file"  # module name of data.task_file
+SYSTEM_PROMPT = (
+    "You are a helpful assistant. You first think about the reasoning process in your mind "
+    "and then provide the user with the answer."
+)
+RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
 
 
 @dataclass(frozen=True)
@@ -24,104 +63,93 @@ class Problem:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic on a model's text: parsed by a small grammar, exact, bounded in length, depth and digits; never `eval`
+# What tasks share
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_EXPRESSION_LENGTH = 200
-MAX_EXPRESSION_DEPTH = 20
-MAX_DIGITS = 6
-ANSWER_BLOCK = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)</answer>", re.DOTALL)
-# possessive (`*+`), because a pattern that backtracks needs minutes for 100 kB of blanks
-COMPLETION_FORMAT = re.compile(
-    r"\s*+(?:<think>)?+(?:(?!</?think>|</?answer>).)*+</think>"
-    r"\s*+<answer>(?:(?!</?think>|</?answer>).)*+</answer>\s*+",
-    re.DOTALL,
-)
-EXPRESSION_TOKEN = re.compile(r"[ \n\t]*([0-9]+|[-+*/()])")
-MAX_GRADED_LENGTH = 100_000
-MAX_ATTEMPTS = 20_000
+
+class Task:
+    """Rows from data.path or the hub, and one user message. A task of your own may inherit this, but need not."""
+
+    hub_id = hub_subset = eval_hub_id = None  # where the rows come from without data.path
+    columns: ClassVar[dict] = {}  # config key -> names of that column in the source; rows have it by the first name
+    system_prompt, response_prefix = SYSTEM_PROMPT, RESPONSE_PREFIX
+    user_prompt = "{prompt}"  # filled from the row
+    offline = False
+    eval_is_generated = False  # then there is no split to take a part of
+    side_of = None  # fn(row) -> split, for a source that is not divided
+
+    def __init__(self, data):
+        self.data = data
+
+    def load(self, split: str) -> list[dict]:
+        """The rows of a split, every one checked."""
+        data, held_out = self.data, split != self.data.train_split
+        train_source = data.path or self.hub_id
+        eval_source = data.eval_path or (None if data.path else self.eval_hub_id) or train_source
+        source, shared = eval_source if held_out else train_source, eval_source == train_source
+        if source is None:
+            raise ConfigError(f"{type(self).__name__} has no problems of its own; name a source in data.path")
+        required = bool(data.subset or not data.path) and (shared or not held_out)
+        parts = open_source(source, data.subset or self.hub_subset, required)
+        is_file = os.path.isfile(os.path.expanduser(source))
+        undivided = list(parts) == ["train"] and (is_file or self.side_of or (held_out and not shared))
+        if split not in parts and not undivided:
+            raise ConfigError(
+                f"{source}: there is no split {split}, only {', '.join(parts)}; set data.train_split or "
+                f"data.eval_split, or data.eval_path to another source"
+            )
+        own_names = held_out and not shared
+        rows = [self.checked(place, row, own_names) for place, row in parts["train" if undivided else split]]
+        if undivided and shared and self.side_of:
+            rows = [row for row in rows if self.side_of(row) == split]
+        elif undivided and shared:
+            rows = keep_tenth(rows, self.columns.get("prompt_column", (None,))[0], held_out)
+        if not rows:
+            raise ConfigError(f"{source}: there are no rows for split {split}; name another split or another source")
+        return rows
+
+    def checked(self, place: str, row: dict, own_names: bool) -> dict:
+        """The prepared row, its columns renamed; `own_names`: they may be called as the task does, not the config."""
+        renamed = dict(row)
+        try:
+            for key, own in self.columns.items():
+                configured = getattr(self.data, key)
+                names = ((configured,) if configured else ()) + (own if own_names or not configured else ())
+                found = [row[name] for name in names if row.get(name) is not None]
+                if not found:
+                    raise ConfigError(
+                        f"there is no column {' or '.join(names)} with a value, only {', '.join(row)}; "
+                        f"name it in data.{key}"
+                    )
+                renamed[own[0]] = found[0]
+            return self.prepare(renamed)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+
+    def prepare(self, row: dict) -> dict:
+        """The row as the other methods want it, or a ConfigError."""
+        return row
+
+    def messages(self, row: dict) -> list[dict]:
+        """The chat that asks: the system message of the config, or else of the task, and user_prompt."""
+        system = self.system_prompt if self.data.system_prompt is None else self.data.system_prompt
+        user = self.user_prompt.format(**row)
+        return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": user}]
 
 
-class ExpressionError(ValueError):
-    """The text is not an arithmetic expression of this grammar, or has no value."""
+def text_of(row: dict, column: str) -> str:
+    """The column's text, or a ConfigError; a number counts as text, since that depends on the file's format."""
+    value = row[column]
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text.strip() or HALF_PAIR.search(text):
+        raise ConfigError(f"column {column} must be a text that is not empty, not {value!r:.80}")
+    return text
 
 
-def tokenize_expression(text: str) -> list[str]:
-    """Split into numbers, operators and parentheses, or raise ExpressionError."""
-    text = text.strip(" \n\t")
-    if not text or len(text) > MAX_EXPRESSION_LENGTH:
-        raise ExpressionError(f"an expression has 1 to {MAX_EXPRESSION_LENGTH} characters")
-    tokens, position = [], 0
-    while position < len(text):
-        match = EXPRESSION_TOKEN.match(text, position)
-        if match is None:
-            raise ExpressionError(f"unexpected character {text[position]!r}")
-        if len(match[1]) > MAX_DIGITS:
-            raise ExpressionError(f"a number has at most {MAX_DIGITS} digits")
-        tokens.append(match[1])
-        position = match.end()
-    return tokens
-
-
-def evaluate_expression(text: str) -> tuple[Fraction, list[int]]:
-    """Exact value of `text` and the numbers it uses, in order. Grammar: + - * / and parentheses, no unary signs."""
-    tokens = tokenize_expression(text)
-    numbers: list[int] = []
-    position = 0
-
-    def peek() -> str:
-        return tokens[position] if position < len(tokens) else ""
-
-    def take() -> str:
-        nonlocal position
-        position += 1
-        return tokens[position - 1] if position <= len(tokens) else ""
-
-    def factor(depth: int) -> Fraction:
-        token = take()
-        if token == "(":
-            if depth >= MAX_EXPRESSION_DEPTH:
-                raise ExpressionError(f"parentheses nest at most {MAX_EXPRESSION_DEPTH} deep")
-            value = total(depth + 1)
-            if take() != ")":
-                raise ExpressionError("a parenthesis is not closed")
-            return value
-        if not token.isdigit():
-            raise ExpressionError(f"expected a number, found {token!r}")
-        numbers.append(int(token))
-        return Fraction(int(token))
-
-    def product(depth: int) -> Fraction:
-        value = factor(depth)
-        while peek() in ("*", "/"):
-            operator, right = take(), factor(depth)
-            if operator == "/" and right == 0:
-                raise ExpressionError("division by zero")
-            value = value * right if operator == "*" else value / right
-        return value
-
-    def total(depth: int) -> Fraction:
-        value = product(depth)
-        while peek() in ("+", "-"):
-            operator, right = take(), product(depth)
-            value = value + right if operator == "+" else value - right
-        return value
-
-    value = total(0)
-    if position != len(tokens):
-        raise ExpressionError(f"unexpected {tokens[position]!r}")
-    return value, numbers
-
-
-def last_answer(completion_text: str) -> str | None:
-    """Contents of the last complete <answer> block, or None."""
-    blocks = ANSWER_BLOCK.findall(completion_text[-MAX_GRADED_LENGTH:])
-    return blocks[-1] if blocks else None
-
-
-def has_think_answer_format(completion_text: str) -> bool:
-    """Exactly one think block, then one answer block, then nothing. The prompt may already have opened <think>."""
-    return len(completion_text) <= MAX_GRADED_LENGTH and COMPLETION_FORMAT.fullmatch(completion_text) is not None
+def graded(correct: bool, completion_text: str) -> dict[str, float]:
+    """1 for the right answer, plus 0.1 for the format."""
+    well_formed = has_think_answer_format(completion_text)
+    return {"reward": correct + 0.1 * well_formed, "answer": float(correct), "format": float(well_formed)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,34 +194,64 @@ def random_expression(generator: random.Random, numbers: list[int], limit: int, 
             return Expression(terms[0][0], terms[0][1], tuple(steps))
 
 
+def whole_number(value) -> int:
+    """The number as an int, or a ValueError, TypeError or OverflowError."""
+    if isinstance(value, bool) or float(value) != int(value):
+        raise ValueError
+    return int(value)
+
+
 def split_of(numbers: list[int]) -> str:
     """Split a problem belongs to, by a hash of its multiset of numbers: no multiset is in two splits."""
     digest = hashlib.md5(" ".join(map(str, sorted(numbers))).encode(), usedforsecurity=False).digest()
     return {0: "test", 1: "validation"}.get(digest[0] % 10, "train")
 
 
-class Countdown:
-    """Numbers game with a seeded built-in generator; `test` and `validation` never share a multiset with `train`."""
+class Countdown(Task):
+    """Numbers game: data.path (columns nums, target) or a seeded generator; no two splits share a multiset."""
 
-    system_prompt = (
-        "You are a helpful assistant. You first think about the reasoning process in your mind "
-        "and then provide the user with the answer."
-    )
+    columns: ClassVar = {"prompt_column": ("nums",), "answer_column": ("target",)}
     user_prompt = (
         "Using the numbers {nums}, create an equation that equals {target}. "
         "You can use basic arithmetic operations (+, -, *, /) and each number can only be used once. "
         "Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
         "for example <answer> (1 + 2) / 3 </answer>."
     )
-    response_prefix = "Let me solve this step by step.\n<think>"
 
-    def __init__(self, data):
-        self.data = data
+    def side_of(self, row: dict) -> str:
+        """Split of a row of a source that has only `train`, as Jiayi-Pan/Countdown-Tasks-3to4."""
+        return split_of(row["nums"])
+
+    def prepare(self, row: dict) -> dict:
+        """The row with nums and target as whole numbers (in CSV a list is a text)."""
+        try:
+            nums = json.loads(row["nums"]) if isinstance(row["nums"], str) else row["nums"]
+            nums, (target,) = [whole_number(number) for number in nums], [whole_number(row["target"])]
+        except (TypeError, ValueError, OverflowError):
+            nums, target = [], 0
+        if len(nums) < 2 or not all(0 <= number < 10**MAX_DIGITS for number in nums):
+            raise ConfigError(
+                f"a problem has at least two whole numbers (nums) and a whole target, not {row['nums']!r:.80} and "
+                f"{row['target']!r:.80}"
+            )
+        return {**row, "nums": nums, "target": target}
+
+    @property
+    def eval_is_generated(self) -> bool:
+        """Whether evaluation problems are made to order, so that there is no split to take a part of."""
+        return not self.data.path and not self.data.eval_path
 
     def load(self, split: str) -> list[dict]:
-        """Rows {"nums": [...], "target": int} of `train`, `validation` or `test`; the same ones for the same seed."""
+        """Rows {"nums": [...], "target": int} of a split; generated ones are the same for the same seed."""
         data = self.data
-        size = data.train_size if split == "train" else data.eval_size
+        if data.path or (data.eval_path and split != data.train_split):
+            return super().load(split)
+        if split not in SPLITS:
+            raise ConfigError(
+                f"data: countdown generates the splits {', '.join(SPLITS)}, not {split}; set data.train_split or "
+                f"data.eval_split"
+            )
+        size = data.train_size if split == "train" else data.eval_size or GENERATED_EVAL_SIZE
         generator = random.Random(f"countdown {split} {data.seed}")
         limit = max(100, 2 * data.number_max)
         rows, attempts = [], 0
@@ -213,12 +271,6 @@ class Countdown:
                 attempts = 0
         return rows
 
-    def messages(self, row: dict) -> list[dict]:
-        """The chat that asks for a solution."""
-        user = self.user_prompt.format(nums=row["nums"], target=row["target"])
-        system = self.system_prompt if self.data.system_prompt is None else self.data.system_prompt
-        return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": user}]
-
     def reward(self, completion_text: str, reference: dict) -> dict[str, float]:
         """1 for an expression that uses each number exactly once and equals the target, plus 0.1 for the format."""
         correct = False
@@ -229,38 +281,270 @@ class Countdown:
                 correct = sorted(numbers) == sorted(reference["nums"]) and value == reference["target"]
             except ExpressionError:
                 pass
-        well_formed = has_think_answer_format(completion_text)
-        return {"reward": correct + 0.1 * well_formed, "answer": float(correct), "format": float(well_formed)}
+        return graded(correct, completion_text)
+
+    def answer_of(self, completion_text: str) -> str | None:
+        """The expression without blanks."""
+        answer = last_answer(completion_text)
+        return None if answer is None else "".join(answer.split())
 
 
-TASKS = {"countdown": Countdown}
+# ---------------------------------------------------------------------------------------------------------------------
+# GSM8K and MATH
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def get_task(name: str, data=None):
-    """The task called `name`, with its data settings (defaults if not given)."""
-    if name not in TASKS:
-        raise ConfigError(f"{name} is not a dataset{suggest(name, list(TASKS))}")
-    return TASKS[name](DataConfig() if data is None else data)
+class GSM8K(Task):
+    """Word problems whose answer is a number; `answer` is a solution that ends in `#### number`, or the number."""
+
+    hub_id, hub_subset = "openai/gsm8k", "main"
+    columns: ClassVar = {"prompt_column": ("question",), "answer_column": ("answer",)}
+    user_prompt = (
+        "{question}\n\nWork it out in <think> </think> tags. Then write the final answer, which is a single number, in "
+        "<answer> </answer> tags, for example <answer> 42 </answer>."
+    )
+
+    def prepare(self, row: dict) -> dict:
+        """The row, if its answer is a number."""
+        row = {**row, "question": text_of(row, "question"), "answer": text_of(row, "answer")}
+        if parse_number(self.reference(row)) is None:
+            raise ConfigError(f"the answer must be a number or end in #### and a number, not {row['answer']!r:.80}")
+        return row
+
+    def reference(self, row: dict) -> str:
+        """The number that is right."""
+        return gsm8k_reference(row["answer"]) if "####" in row["answer"] else row["answer"]
+
+    def reward(self, completion_text: str, row: dict) -> dict[str, float]:
+        """1 for a final answer that is the same number, plus 0.1 for the format."""
+        answer = final_answer(completion_text)
+        return graded(answer is not None and number_is_correct(answer, self.reference(row)), completion_text)
+
+    def answer_of(self, completion_text: str) -> str | None:
+        """The number, however it is written; a final answer that is no number stands for itself."""
+        answer = final_answer(completion_text)
+        number = None if answer is None else parse_number(answer)
+        return answer if number is None else str(number)
+
+
+class Math(Task):
+    """Competition problems whose answer is a formula; evaluated on MATH-500 unless data.path or eval_path is given."""
+
+    hub_id, eval_hub_id = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
+    columns: ClassVar = {"prompt_column": ("problem",), "answer_column": ("answer", "solution")}
+    user_prompt = (
+        "{problem}\n\nWork it out in <think> </think> tags. Then write only the final answer, in LaTeX where it needs "
+        "it, in <answer> </answer> tags, for example <answer> \\frac{{3}}{{4}} </answer>."
+    )
+
+    def load(self, split: str) -> list[dict]:
+        """The rows of a split; for training those of data.math_levels."""
+        math_is_correct("x + 1", "1 + x")  # starts the grader now, where a broken one stops the run before it begins
+        rows, levels = super().load(split), self.data.math_levels
+        if split != self.data.train_split or not levels:
+            return rows
+        if "level" not in rows[0]:
+            raise ConfigError(f"data.math_levels: there is no column level, only {', '.join(rows[0])}; remove the key")
+        rows = [row for row in rows if str(row.get("level")).removeprefix("Level ") in map(str, levels)]
+        if not rows:
+            raise ConfigError(f"data.math_levels: no problem of split {split} is of the levels {levels}")
+        return rows
+
+    def prepare(self, row: dict) -> dict:
+        """The row, with the final answer of its solution as `answer`."""
+        return {**row, "problem": text_of(row, "problem"), "answer": math_reference(text_of(row, "answer"))}
+
+    def reward(self, completion_text: str, row: dict) -> dict[str, float]:
+        """1 for a final answer that is mathematically the same, plus 0.1 for the format."""
+        answer = final_answer(completion_text)
+        reference = row["answer"] if "answer" in row else math_reference(row["solution"])
+        return graded(answer is not None and math_is_correct(answer, reference), completion_text)
+
+    def answer_of(self, completion_text: str) -> str | None:
+        """The final answer without blanks."""
+        answer = final_answer(completion_text)
+        return None if answer is None else "".join(answer.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scored: completions and their scores come from a file, nothing is sampled
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Scored(Task):
+    """Rows {"prompt": text or chat, "completions": [{"text": ..., "score": ...}, ...]} of data.path."""
+
+    offline = True
+    columns: ClassVar = {"prompt_column": ("prompt",), "answer_column": ("completions",)}
+    system_prompt = response_prefix = ""
+
+    def prepare(self, row: dict) -> dict:
+        """The row, if its prompt is a prompt and its completions are texts with finite scores."""
+        completions = row["completions"]
+        check_chat(self.messages(row), "prompt")
+        if not isinstance(completions, list) or len(completions) < 2:
+            raise ConfigError("completions must be a list of at least 2, or there is nothing to prefer")
+        for number, completion in enumerate(completions, 1):
+            text, score = map(completion.get, ("text", "score")) if isinstance(completion, dict) else (None, None)
+            if not isinstance(text, str) or HALF_PAIR.search(text):
+                raise ConfigError(f'completion {number} must be such as {{"text": "...", "score": 1.0}}')
+            if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+                raise ConfigError(f"completion {number} must have a score that is a finite number, not {score!r:.80}")
+        return row
+
+    def messages(self, row: dict) -> list[dict]:
+        """The prompt as a chat."""
+        return super().messages(row) if isinstance(row["prompt"], str) else row["prompt"]
+
+    def reward(self, completion_text: str, row: dict) -> dict[str, float]:
+        """The file's score; training reads row["completions"], and a completion that is not in it has no score."""
+        scores = {completion["text"]: float(completion["score"]) for completion in row["completions"]}
+        if completion_text not in scores:
+            raise ValueError("a completion that is not in the file has no score")
+        return {"reward": scores[completion_text], "answer": float(scores[completion_text] == max(scores.values()))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks by name, and tasks of the user's own
+# ---------------------------------------------------------------------------------------------------------------------
+
+TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math, "scored": Scored}
+
+
+@contextmanager
+def in_user_code(module: str, doing: str):
+    """What data.task_file raises becomes one sentence with file and line; errors of our own tasks pass as they are."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        if module != OWN_MODULE:
+            raise
+        file = sys.modules[OWN_MODULE].__file__
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines, error = [error.lineno], SyntaxError(error.msg)
+        line = f" line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{file}{line}: {doing}: {type(error).__name__}: {error}") from error
+
+
+def own_tasks(file: str) -> dict[str, type]:
+    """The classes that a Python file defines."""
+    if not os.path.isfile(file) or not file.endswith(".py"):
+        raise ConfigError(f"data.task_file: {file} is not a Python file; name one with a class for the task")
+    spec = importlib.util.spec_from_file_location(OWN_MODULE, file)
+    module = sys.modules[OWN_MODULE] = importlib.util.module_from_spec(spec)  # there, because dataclasses look it up
+    with in_user_code(OWN_MODULE, "data.task_file cannot be imported"):
+        spec.loader.exec_module(module)
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return {name: value for name, value in classes.items() if value.__module__ == OWN_MODULE}
+
+
+def get_task(name: str, data: DataConfig | None = None):
+    """The task called `name`: a class of data.task_file (case and underscores do not count), or else one of TASKS."""
+    data = DataConfig() if data is None else data
+    own = own_tasks(os.path.expanduser(data.task_file)) if data.task_file else {}
+    found = [own[key] for key in own if key.replace("_", "").lower() == name.replace("_", "").lower()]
+    found = list(dict.fromkeys(found)) or ([TASKS[name]] if name in TASKS else [])
+    if len(found) != 1:
+        near = suggest(name, [*TASKS, *own]).partition("; known are")[0]
+        problem = f"is not a dataset{near or ';'}" if not found else "is the name of two classes;"
+        raise ConfigError(f"{name} {problem} known are: {', '.join([*TASKS, *own])}")
+    missing = [method for method in ("load", "messages", "reward") if not callable(getattr(found[0], method, None))]
+    if missing:
+        raise ConfigError(f"{data.task_file}: class {found[0].__name__} must have the methods {', '.join(missing)}")
+    with in_user_code(found[0].__module__, f"{found[0].__name__} cannot be made"):
+        task = found[0](data) if inspect.signature(found[0]).parameters else found[0]()
+    if not isinstance(getattr(task, "data", data), DataConfig):
+        raise ConfigError(f"{data.task_file}: {found[0].__name__}.data is the DataConfig; use another name")
+    task.data = data
+    return task
+
+
+def load_split(task, split: str) -> list[dict]:
+    """The rows of a split; what a task of the user's own returns is checked."""
+    name, data = type(task).__name__, task.data
+    if data.eval_path and data.train_split == data.eval_split:
+        raise ConfigError(f"data.train_split and eval_split are both {split}, so data.eval_path would not be read")
+    with in_user_code(type(task).__module__, f"{name}.load({split!r})"):
+        rows = list(task.load(split))
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"data.task_file: {name}.load({split!r}) must return a list of at least one dict")
+    return rows
+
+
+def load_train_rows(task) -> list[dict]:
+    """All rows of data.train_split."""
+    return load_split(task, task.data.train_split)
+
+
+def load_eval_rows(task) -> list[dict]:
+    """The fixed evaluation rows: data.eval_size rows of data.eval_split, drawn by data.seed alone."""
+    rows = load_split(task, task.data.eval_split)
+    if getattr(task, "eval_is_generated", False):
+        return rows
+    random.Random(f"evaluation {task.data.seed}").shuffle(rows)
+    return rows[: task.data.eval_size or max(1, min(MAX_EVAL_SIZE, len(rows) // 10))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems: rows as prompts of token ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_chat(messages, what: str) -> None:
+    """ConfigError unless it is a list of messages with a role and a content that are texts."""
+    good = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        and not HALF_PAIR.search(message["content"])
+        for message in messages
+    )
+    if not good or not any(message["content"].strip() for message in messages):
+        raise ConfigError(f'{what} must be a chat such as [{{"role": "user", "content": "..."}}], not {messages!r:.80}')
+
+
+def chat_of(task, row: dict) -> list[dict]:
+    """What the task asks, with the system message of the config or, if it has none itself, of the task's attribute."""
+    messages = task.messages(row)
+    check_chat(messages, f"{type(task).__name__}.messages")
+    has_system = messages[0]["role"] == "system"
+    system = task.data.system_prompt
+    if system is None:
+        system = messages[0]["content"] if has_system else getattr(task, "system_prompt", "")
+    return [{"role": "system", "content": system}] * bool(system) + messages[has_system:]
 
 
 def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> list[Problem]:
     """Render and tokenize every row's prompt; prompts that are too long are left out (the caller logs how many).
 
-    A chat template also receives the row as `problem`. Without a chat template the messages are joined by blank lines.
+    A chat template also receives the row as `problem`. Raw text is the messages, joined by blank lines.
     """
     from jinja2 import TemplateError  # here: --help must stay instant
 
-    prefix = task.response_prefix if task.data.response_prefix is None else task.data.response_prefix
+    data = task.data
+    if data.prompt_format == "chat" and tokenizer.chat_template is None:
+        raise ConfigError("data.prompt_format is chat, but the tokenizer has no chat template; set it to raw")
+    raw = data.prompt_format == "raw" or tokenizer.chat_template is None
+    reads_row = "problem" in str(tokenizer.chat_template)  # else do not copy it for every prompt
+    prefix = getattr(task, "response_prefix", "") if data.response_prefix is None else data.response_prefix
     texts = []
     for row in rows:
-        messages = task.messages(row)
-        if tokenizer.chat_template is None:
+        with in_user_code(type(task).__module__, f"{type(task).__name__}.messages"):
+            messages = chat_of(task, row)
+        if raw:
             text = "\n\n".join(message["content"] for message in messages) + "\n"
         else:
             # date_string: some templates (Llama 3.2) write today's date, and tomorrow's run would have other prompts
             try:
                 text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, problem=row, date_string="26 Jul 2024"
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    problem=row if reads_row else None,
+                    date_string="26 Jul 2024",
                 )
             except TemplateError as error:
                 raise ConfigError(
@@ -268,7 +552,12 @@ def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> lis
                     f'data.system_prompt: ""'
                 ) from error
         texts.append(text + prefix)
-    all_ids = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+    if len(set(texts)) == 1 < len({json.dumps(row, sort_keys=True, default=str) for row in rows[:100]}):
+        raise ConfigError(
+            "the model's chat template renders every prompt of this task alike, as that of models/countdown-tiny does "
+            "for all tasks but countdown; take another model, or set data.prompt_format: raw"
+        )
+    all_ids = tokenizer(texts, add_special_tokens=raw, return_attention_mask=False).input_ids
     return [
         Problem(index, tuple(ids), text, row)
         for index, (ids, text, row) in enumerate(zip(all_ids, texts, rows, strict=True))

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -336,9 +336,11 @@ class SlotDecoder:
         attention.width = min(attention.width + 1, attention.keys.shape[3])
         self.choose(hidden, slice(None))
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self, check_stop: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         """Decode until every episode has ended: tokens and log-probs [episodes, max_new_tokens], junk after the end."""
         while self.refill():
+            if check_stop is not None:
+                check_stop()
             for _ in range(SYNC_EVERY):
                 self.step()
         return self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()
@@ -372,8 +374,10 @@ def cut_episodes(tokenizer, tokens: Tensor, logprobs: Tensor, settings: Sampling
 
 
 @torch.inference_mode()
-def rollout(model, tokenizer, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> list[Group]:
-    """`samples` completions for each problem, in the order of the problems.
+def rollout(
+    model, tokenizer, problems: Sequence[Problem], samples: int, settings: SamplingSettings, check_stop=None
+) -> list[Group]:
+    """`samples` completions for each problem, in the order of the problems; `check_stop` may raise to leave it.
 
     A problem with an episode whose logits were not finite is sampled again with other random numbers, and left out when
     that does not help. ConfigError when none is left.
@@ -386,7 +390,7 @@ def rollout(model, tokenizer, problems: Sequence[Problem], samples: int, setting
             wave = missing[start : start + prompts]
             chosen = [problems[place] for place in wave]
             decoder = SlotDecoder(model, tokenizer, chosen, samples, slots, settings, attempt)
-            episodes = cut_episodes(tokenizer, *decoder.run(), settings)
+            episodes = cut_episodes(tokenizer, *decoder.run(check_stop), settings)
             del decoder  # its cache, before the next one is allocated
             for index, place in enumerate(wave):
                 group = Group(problems[place], tuple(episodes[index * samples : (index + 1) * samples]))

@@ -1,17 +1,29 @@
-"""What a run leaves to look at: TensorBoard, metrics.jsonl, training.log, and a progress bar or plain lines."""
+"""What a run leaves to look at: TensorBoard, metrics.jsonl, training.log, and a progress bar or plain lines.
+
+metrics.jsonl is part of what must not be lost: a step is on the disk when write_step returns, or the run stops. The
+rest is for looking at: where it cannot be written, one warning says so and training goes on.
+"""
 
 import json
 import logging
 import math
 import os
+import re
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 from tqdm import tqdm
+
+from src.storage import StorageError, storage_problem, write_file
 
 logger = logging.getLogger("grpo")
 
@@ -19,16 +31,23 @@ logger = logging.getLogger("grpo")
 HPARAM_METRICS = ("eval/greedy", "eval/pass@1", "eval/pass@8", "train/reward")
 
 
+class Console(logging.StreamHandler):
+    """Lines on the terminal, above a progress bar; when the terminal is gone, training goes on without it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()  # into a pipe as well: what was logged before a kill has been seen
+        except (OSError, ValueError):
+            logger.removeHandler(self)
+
+
 def configure_logging(log_file: Path | None = None) -> None:
     """Log to the terminal, and once a run folder exists to its training.log."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not logger.handlers:
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter("%(message)s"))
-        # a line printed under a progress bar would break it
-        console.emit = lambda record: tqdm.write(console.format(record), file=sys.stdout)
-        logger.addHandler(console)
+        logger.addHandler(Console(sys.stdout))
     for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(handler)
         handler.close()
@@ -42,16 +61,64 @@ def keep_lines_through(path: Path, step: int) -> None:
     """Drop metrics of steps after `step`, which a resumed run will take again, and a broken last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    before, kept = path.read_bytes(), []
+    for line in before.decode(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(beside, path)  # a crash here must not lose the steps that are kept
+    after = "".join(line + "\n" for line in kept)
+    if after.encode() != before:
+        write_file(path, after)  # a crash here must not lose the steps that are kept
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, written in one piece and forced onto the disk."""
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        try:
+            keep_lines_through(path, first_step - 1)
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StorageError(str(path), error, "the last checkpoint is safe") from error
+
+    def write(self, row: dict) -> None:
+        line, size = json.dumps(row).encode() + b"\n", os.fstat(self.descriptor).st_size
+        try:
+            while line:  # once, unless the disk becomes full just here: then the rest fails
+                line = line[os.write(self.descriptor, line) :]
+            os.fsync(self.descriptor)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.descriptor, size)  # no half line
+            raise StorageError(str(self.path), error, "the last checkpoint is safe") from error
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class EventFile:
+    """One TensorBoard event file a process. torch's SummaryWriter would do but for two things: it writes minutes later,
+    in a thread, so that a kill loses steps; and it names files by the clock alone, and TensorBoard reads them by name.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = [
+            int(found[1]) for p in folder.iterdir() if (found := re.match(r"events\.out\.tfevents\.(\d+)", p.name))
+        ]
+        number = max([int(time.time()), *(n + 1 for n in numbers)])  # also when the clock has gone back
+        self.file = (folder / f"events.out.tfevents.{number:010d}.{os.getpid()}").open("xb")
+        self.records = RecordWriter(self.file)
+        self.write(file_version="brain.Event:2")
+        # readers forget what an earlier process wrote from this step on
+        self.write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, **event) -> None:
+        self.records.write(Event(wall_time=time.time(), **event).SerializeToString())
+        self.file.flush()
 
 
 class Telemetry:
@@ -60,9 +127,12 @@ class Telemetry:
     def __init__(self, run_folder: Path, first_step: int, max_steps: int):
         """`first_step`: the first step to be written; what an earlier process wrote from there on is dropped."""
         configure_logging(run_folder / "training.log")
-        keep_lines_through(run_folder / "metrics.jsonl", first_step - 1)
-        self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(run_folder / "tb"), purge_step=first_step)
+        self.metrics_file = MetricsFile(run_folder / "metrics.jsonl", first_step)
+        self.events: EventFile | None = None
+        try:
+            self.events = EventFile(run_folder / "tb", first_step)
+        except Exception as error:
+            self.lose_events(error)
         self.bar = tqdm(
             total=max_steps,
             initial=max(first_step - 1, 0),
@@ -73,13 +143,27 @@ class Telemetry:
         )
         self.max_steps = max_steps
 
+    def lose_events(self, error: Exception) -> None:
+        self.events = None
+        reason = storage_problem(error) or f"{type(error).__name__}: {error}"
+        logger.warning(
+            f"TensorBoard's file cannot be written ({reason}): the run goes on without it, see metrics.jsonl"
+        )
+
+    def write_events(self, make: Callable[[], list[Summary]], step: int = 0) -> None:
+        """Summaries of one step as one record: whole or not there. Whatever fails here does not stop the run."""
+        if self.events is not None:
+            try:
+                values = [value for summary in make() for value in summary.value]
+                self.events.write(step=step, summary=Summary(value=values))
+            except Exception as error:
+                self.lose_events(error)
+
     def write_step(self, step: int, metrics: dict[str, float]) -> None:
         """One JSON line, one point per TensorBoard tag, one step of the bar."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.metrics_file.write(json.dumps({"step": step, **clean}) + "\n")
-        self.metrics_file.flush()
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        self.metrics_file.write({"step": step, **clean})
+        self.write_events(lambda: [scalar(name, value) for name, value in metrics.items()], step)
         if step == 0:
             return
         self.bar.update(1)
@@ -95,11 +179,11 @@ class Telemetry:
                 + f"length {metrics['rollout/length']:.1f}  {speed:,.0f} tokens/s  {seconds:.2f} s"
             )
 
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        self.writer.add_text(tag, text, step)
+    def write_text(self, tag: str, content: str, step: int) -> None:
+        self.write_events(lambda: [text(tag, content)], step)
 
     def write_histogram(self, tag: str, values, step: int) -> None:
-        self.writer.add_histogram(tag, values, step)
+        self.write_events(lambda: [histogram(tag, values, bins=30)], step)
 
     def write_hparams(self, settings: dict, metrics: dict[str, float]) -> None:
         """Settings with final metrics for TensorBoard's HParams page, in the run's own event file."""
@@ -108,13 +192,13 @@ class Telemetry:
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in settings.items()
         }
-        for summary in hparams(plain, final):
-            self.writer.file_writer.add_summary(summary)
+        self.write_events(lambda: list(hparams(plain, final)))
 
     def close(self) -> None:
         self.bar.close()
-        self.writer.close()
         self.metrics_file.close()
+        if self.events is not None:
+            self.events.file.close()
 
 
 class Means:

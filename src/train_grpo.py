@@ -3,59 +3,46 @@
 Read it from top to bottom. The records that travel (Problem, Episode, Group, PackedBatch, Scores) are frozen.
 """
 
+import json
 import logging
 import math
 import random
 import resource
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from src.checkpoint import (
-    StopSignal,
     check_same_experiment,
-    end_token_ids,
-    list_checkpoints,
+    finished_step,
     load_checkpoint,
-    load_model,
-    load_tokenizer,
-    resolve_device,
+    newest_checkpoint,
     save_checkpoint,
     save_model,
-    set_aside,
 )
-from src.config import Config, ConfigError, TrainingConfig, dump_config
-from src.maxent import Controllers, ControllerSettings, seed_grpo_scale, semantic_entropy
-from src.optim import build_optimizer
-from src.packing import Group, check_attention, pack, split_into_microbatches
+from src.config import Config, ConfigError, RunError, TrainingConfig, dump_config
+from src.evaluate import accuracy_line, completions_table, ranking_metrics, summarize, write_report
+from src.grading import last_answer
+from src.hub import push_final
+from src.maxent import seed_grpo_scale, semantic_entropy
+from src.packing import Episode, Group, pack, split_into_microbatches
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
-from src.rl_datasets import Problem, get_task, last_answer, make_problems
+from src.prepare import Run, describe, is_lora, prepare
+from src.rl_datasets import Problem
 from src.sampler import SamplingSettings, rollout
 from src.scoring import score
-from src.telemetry import Means, Telemetry, configure_logging, markdown_table
+from src.stop import Stopped, StopSignal
+from src.storage import RunLock, set_aside, write_file
+from src.telemetry import Means, Telemetry, configure_logging
+from src.token_choice import episode_key
 
 logger = logging.getLogger("grpo")
-
-
-@dataclass
-class Run:
-    """Everything a run holds; the functions below take it and read from top to bottom."""
-
-    config: Config
-    task: object
-    tokenizer: object
-    train_problems: list[Problem]
-    eval_problems: list[Problem]
-    model: torch.nn.Module
-    anchor: torch.nn.Module  # frozen: the initial policy, or with `anchor: rollout` the one that sampled
-    optimizer: torch.optim.Optimizer
-    controllers: Controllers  # the live values of tau and beta
-    max_steps: int
-    eos_ids: tuple[int, ...]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,8 +61,13 @@ def questions_of_step(run: Run, step: int) -> list[Problem]:
     return [run.train_problems[order[(place * size + index) % len(order)]] for index in range(size)]
 
 
+def is_offline(run: Run) -> bool:
+    """Whether the completions come from a file and not from the sampler."""
+    return getattr(run.task, "offline", False)
+
+
 def sample(
-    run: Run, problems: list[Problem], samples: int, temperature: float, stream: int, **truncation: float
+    run: Run, problems: list[Problem], samples: int, temperature: float, stream: int, check_stop=None, **truncation
 ) -> list[Group]:
     """Completions of the current policy, graded. Only evaluation may truncate: the update scores all tokens."""
     training = run.config.training
@@ -90,20 +82,35 @@ def sample(
         max_retry_rounds=training.max_retry_rounds,
         **truncation,
     )
-    return grade(run.task, rollout(run.model, run.tokenizer, problems, samples, settings), training)
+    groups = rollout(run.model, run.tokenizer, problems, samples, settings, check_stop)
+    return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
 
 
-def grade(task, groups: list[Group], training: TrainingConfig) -> list[Group]:
-    """Every episode with its reward and the parts it is made of."""
-    graded = []
-    for group in groups:
-        episodes = []
-        for episode in group.episodes:
-            parts = task.reward(episode.text, group.problem.reference)
-            truncated = training.zero_truncated_rewards and not episode.finished
-            episodes.append(replace(episode, reward=0.0 if truncated else parts["reward"], reward_parts=parts))
-        graded.append(replace(group, episodes=tuple(episodes)))
-    return graded
+def given_groups(run: Run, problems: list[Problem]) -> list[Group]:
+    """The completions and scores of a file in place of sampled ones; one that is too long is left out."""
+    training = run.config.training
+    limit = training.max_seq_length or training.max_prompt_len + training.max_gen_len
+    end = run.tokenizer.eos_token_id if run.tokenizer.eos_token_id is not None else run.eos_ids[0]
+    groups, left_out = [], 0
+    for problem in problems:
+        given = problem.reference["completions"]
+        room = min(training.max_gen_len, limit - len(problem.prompt_ids))
+        rows = run.tokenizer([item["text"] for item in given], add_special_tokens=False).input_ids
+        best = max(item["score"] for item in given)
+        episodes = [
+            Episode((*row, end), (0.0,) * (len(row) + 1), True, item["text"], float(item["score"]),
+                    {"reward": float(item["score"]), "answer": float(item["score"] == best)})
+            for row, item in zip(rows, given, strict=True)
+            if len(row) < room
+        ]  # fmt: skip
+        left_out += len(given) - len(episodes)
+        if episodes:
+            groups.append(Group(problem, tuple(episodes)))
+    if not groups:
+        raise ConfigError("every completion of this step is longer than max_gen_len or max_seq_length; raise them")
+    if left_out:
+        logger.warning(f"{left_out} completions are longer than max_gen_len or max_seq_length: left out")
+    return groups
 
 
 def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]:
@@ -111,22 +118,19 @@ def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]
 
     DeepSeekMath (Shao et al. 2024), section 4.1.2; `scale_rewards: none` is Dr. GRPO (Liu et al. 2025).
     """
-    rewards = torch.tensor([[e.reward for e in group.episodes] for group in groups], dtype=torch.float64)  # [groups, G]
-    centered = rewards - rewards.mean(1, keepdim=True)
-    varied = (rewards.max(1).values - rewards.min(1).values > 1e-6)[:, None]  # [groups, 1]
-    spread = torch.ones_like(centered[:, :1])
-    if training.scale_rewards == "group":
-        spread = rewards.std(1, keepdim=True, correction=0)
-    elif training.scale_rewards == "batch":
-        spread = rewards.std(correction=0).expand_as(spread)
-    advantages = torch.where(varied, centered / torch.where(varied, spread, 1.0), 0.0)
+    rewards = [torch.tensor([e.reward for e in group.episodes], dtype=torch.float64) for group in groups]  # [G] each
+    scales = torch.ones(len(groups))
     if training.seed_grpo_alpha > 0:
-        advantages = advantages * uncertainty_scale(groups, training.seed_grpo_alpha)[:, None]
-    advantages = advantages.tolist()
-    return [
-        replace(group, episodes=tuple(replace(e, advantage=a) for e, a in zip(group.episodes, row, strict=True)))
-        for group, row in zip(groups, advantages, strict=True)
-    ]
+        scales = uncertainty_scale(groups, training.seed_grpo_alpha)  # [groups]
+    finished = []
+    for group, row, scale in zip(groups, rewards, scales.tolist(), strict=True):
+        advantages = torch.zeros_like(row)
+        if row.max() - row.min() > 1e-6:
+            of = {"group": row, "batch": torch.cat(rewards)}.get(training.scale_rewards)
+            advantages = scale * (row - row.mean()) / (1.0 if of is None else of.std(correction=0))
+        pairs = zip(group.episodes, advantages.tolist(), strict=True)
+        finished.append(replace(group, episodes=tuple(replace(e, advantage=a) for e, a in pairs)))
+    return finished
 
 
 def uncertainty_scale(groups: list[Group], alpha: float) -> Tensor:
@@ -220,17 +224,17 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
         # a group without variance then has no gradient: it is computed only where the whole step is to be measured
         if not use_anchor and training.entropy_coef == 0:
             weighted = [g for g in weighted if any(e.advantage != 0 for e in g.episodes)]
-        for batch in microbatches(run, weighted):
-            loss, measured, parts = loss_of_microbatch(run, batch, training, updates == 1, use_anchor)
-            loss.backward()
-            if index > 0:  # the policy has moved since it sampled: the difference is not the sampler's any more
+        if not weighted:
+            continue
+        with dropout_of_update(run, step, index):
+            results = backward(run, weighted, training, updates == 1, use_anchor, stoppable=index == 0)
+        for measured, parts in results:
+            if index > 0 or is_offline(run):  # the policy has moved since it sampled, or did not sample
                 measured.pop("rollout/mismatch")
             for name, values in measured.items():
                 means.add(name, values)
             for name, value in parts.items():
-                sums[name] += float(value.detach()) / updates
-        if not weighted:
-            continue
+                sums[name] += float(value) / updates
         norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm))
         sums["train/grad_norm"] += norm / updates
         if math.isfinite(norm):
@@ -241,6 +245,69 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
         run.optimizer.zero_grad(set_to_none=True)
     metrics = means.result() | dict(sums) | {"train/learning_rate": rate, "train/skipped_updates": skipped}
     return metrics | steer(run, metrics, step)
+
+
+def dropout_of_update(run: Run, step: int, index: int):
+    """LoRA's dropout, if there is any."""
+    if not run.config.lora.dropout:
+        return nullcontext()
+    from src.lora import dropout_in_update  # here, because only a LoRA run needs peft
+
+    return dropout_in_update(run.model, episode_key(run.config.training.random_seed, step, index, 0))
+
+
+def backward(
+    run: Run, groups: list[Group], training: TrainingConfig, on_policy: bool, use_anchor: bool, stoppable: bool
+) -> list[list[dict[str, Tensor]]]:
+    """Gradient of one optimizer step, micro-batch by micro-batch; again in smaller ones when memory runs out.
+
+    Returns what loss_of_microbatch measured. Until the first optimizer step of a rollout it is `stoppable`.
+    """
+    while True:
+        results = []
+        try:
+            for batch in microbatches(run, groups):
+                if stoppable:
+                    run.check_stop()
+                loss, *measured_and_parts = loss_of_microbatch(run, batch, training, on_policy, use_anchor)
+                loss.backward()
+                results.append([{name: value.detach() for name, value in d.items()} for d in measured_and_parts])
+            return results
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            # on a CPU torch raises a plain RuntimeError
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            reason = (str(error) or "MemoryError").splitlines()[0]
+        except Stopped:
+            run.optimizer.zero_grad(set_to_none=True)
+            raise
+        # outside of the handler, whose traceback would keep the activations alive
+        run.optimizer.zero_grad(set_to_none=True)
+        shrink_microbatches(run, groups, reason)
+
+
+def shrink_microbatches(run: Run, groups: list[Group], reason: str) -> None:
+    """Half of the largest micro-batch from now on; the gradient does not depend on it."""
+    training = run.config.training
+    whole = PENALTIES[training.loss_type].is_objective
+    size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
+    batches = list(split_into_microbatches(groups, size, budget, whole))
+    if all(len(batch) == 1 and (whole or len(batch[0].episodes) == 1) for batch in batches):
+        raise ConfigError(
+            f"memory does not suffice for the update of a single {'group' if whole else 'completion'} ({reason}); "
+            f"lower training.max_gen_len, or set model.gradient_checkpointing: true"
+        )
+    if budget:
+        tokens = [
+            sum(len(g.problem.prompt_ids) + sum(len(e.token_ids) for e in g.episodes) for g in b) for b in batches
+        ]
+        smaller = {"max_tokens_per_microbatch": max(1, max(tokens) // 2)}
+    else:
+        smaller = {"micro_batch_size": max(1, max(sum(len(g.episodes) for g in batch) for batch in batches) // 2)}
+    run.config.training = replace(training, **smaller)
+    if run.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    logger.warning(f"out of memory in the update ({reason}); it is done again with {smaller}")
 
 
 def steer(run: Run, metrics: dict[str, float], step: int) -> dict[str, float]:
@@ -291,53 +358,29 @@ def learning_rate_at(step: int, max_steps: int, training: TrainingConfig) -> flo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is correct), Chen et al. 2021, equation 1."""
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def confidence(values: list[float]) -> float:
-    """Half width of the 95% interval of the mean over problems (normal approximation)."""
-    return 1.96 * float(torch.tensor(values).std(correction=0)) / math.sqrt(len(values))
-
-
-def evaluate(run: Run) -> dict[str, float]:
-    """Greedy accuracy, pass@1 and pass@k on the fixed held-out problems, with random numbers of their own."""
+def evaluate(run: Run, report: Path | None = None) -> dict[str, float]:
+    """Accuracy on the fixed held-out problems, with random numbers of their own; see summarize in src/evaluate.py."""
+    if is_offline(run):
+        return evaluate_ranking(run)
     data, samples = run.config.data, run.config.data.eval_samples
     temperature = data.eval_temperature or run.config.training.temperature
     truncation = {"top_k": data.eval_top_k, "top_p": data.eval_top_p, "min_p": data.eval_min_p}
     greedy = sample(run, run.eval_problems, 1, 0.0, stream=-1)
     sampled = sample(run, run.eval_problems, samples, temperature, stream=-1, **truncation)
-    greedy_answers = [float(group.episodes[0].reward_parts["answer"]) for group in greedy]
-    correct = [sum(e.reward_parts["answer"] > 0.5 for e in group.episodes) for group in sampled]
-    greedy_answers += [0.0] * (len(run.eval_problems) - len(greedy))  # left out by the sampler: not solved
-    correct += [0] * (len(run.eval_problems) - len(sampled))
-    rates = [count / samples for count in correct]
-    episodes = [episode for group in sampled for episode in group.episodes]
-    metrics = {"eval/greedy": sum(greedy_answers) / len(greedy_answers), "eval/greedy_ci95": confidence(greedy_answers)}
-    metrics |= {"eval/pass@1": sum(rates) / len(rates), "eval/pass@1_ci95": confidence(rates)}
-    for k in sorted({k for k in (2, 4, 8, 16, 32, 64) if k < samples} | {samples} - {1}):
-        metrics[f"eval/pass@{k}"] = sum(pass_at_k(count, samples, k) for count in correct) / len(correct)
-    for part in episodes[0].reward_parts:
-        if part not in ("reward", "answer"):
-            metrics[f"eval/{part}"] = sum(e.reward_parts[part] for e in episodes) / len(episodes)
-    metrics["eval/length"] = sum(len(e.token_ids) for e in episodes) / len(episodes)
-    metrics["eval/finished"] = sum(e.finished for e in episodes) / len(episodes)
+    metrics = summarize(len(run.eval_problems), greedy, sampled, samples, run.task)
+    if report is not None:
+        sampling = {"temperature": temperature, "samples": samples, "max_gen_len": run.config.training.max_gen_len}
+        about = {"config": asdict(run.config), "split": data.eval_split, "sampling": sampling | truncation}
+        write_report(report, about, metrics, greedy, sampled)
     return metrics
 
 
-def accuracy_line(metrics: dict[str, float]) -> str:
-    """The headline of an evaluation."""
-    passes = [
-        f"{name[5:]} {value:.1%}"
-        for name, value in metrics.items()
-        if name.startswith("eval/pass@") and not name.endswith("_ci95") and name != "eval/pass@1"
-    ]
-    return (
-        f"greedy {metrics['eval/greedy']:.1%} (+-{metrics['eval/greedy_ci95']:.1%}), "
-        f"pass@1 {metrics['eval/pass@1']:.1%} (+-{metrics['eval/pass@1_ci95']:.1%}), "
-        + ", ".join(passes[-1:] + [f"length {metrics['eval/length']:.1f}"])
-    )
+def evaluate_ranking(run: Run) -> dict[str, float]:
+    """Offline: does the policy prefer the completions of the held-out groups that have the better scores?"""
+    groups = add_old_logprobs(run, given_groups(run, run.eval_problems))
+    scores = [[e.reward for e in group.episodes] for group in groups]
+    means = [[sum(e.old_logprobs) / len(e.old_logprobs) for e in group.episodes] for group in groups]
+    return ranking_metrics(scores, means)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,7 +397,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     started = time.perf_counter()
     questions = questions_of_step(run, step)
     group_size = training.batch_size // training.num_questions_per_batch
-    groups = add_advantages(sample(run, questions, group_size, training.temperature, stream=step), training)
+    if is_offline(run):
+        groups = given_groups(run, questions)
+    else:
+        groups = sample(run, questions, group_size, training.temperature, step, run.check_stop)
+    groups = add_advantages(groups, training)
     rolled_out = time.perf_counter()
     metrics = update(run, groups, step)
     seconds = {"time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out}
@@ -367,6 +414,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     metrics |= {
         "train/groups_without_variance": flat / len(groups),
         "rollout/failed_groups": len(questions) - len(groups),
+        "rewards/errors": sum(run.rewards.faults.values()),
         "rollout/length": tokens / len(episodes),
         "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
         "rollout/tokens_per_second": tokens / seconds["time/rollout"],
@@ -382,172 +430,168 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     return metrics | seconds, groups
 
 
-def load_problems(config: Config, task, tokenizer, split: str) -> list[Problem]:
-    """Every problem of a split whose prompt fits."""
-    limit = config.training.max_prompt_len
-    rows = task.load(split)
-    problems = make_problems(task, rows, tokenizer, limit)
-    if len(problems) < len(rows):
-        logger.warning(
-            f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than max_prompt_len: left out"
-        )
-    if not problems:
-        raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len ({limit} tokens); raise it")
-    return problems
-
-
-def warn_of_idle_penalty(training: TrainingConfig) -> None:
-    """With one update a rollout the rollout anchor is the policy itself: distance and gradient are zero (k1: noise)."""
-    idle = training.loss_type in ("kl", "approx_kl") or (training.loss_type == "ot" and training.ot_debias)
-    if training.anchor == "rollout" and training.minibatches * training.inner_epochs == 1 and idle:
-        logger.warning(
-            "anchor: rollout with one update a rollout compares the policy with itself: the penalty does nothing; "
-            "use anchor: reference, or minibatches or inner_epochs above 1"
-        )
-
-
-def build_controllers(training: TrainingConfig) -> Controllers:
-    """tau and beta with what moves them, if anything does."""
-    same = ("tau_target_entropy", "tau_target_entropy_start", "tau_target_anneal_steps", "tau_lr", "tau_min", "tau_max",
-            "tau_warmup_steps", "beta_min", "beta_max")  # fmt: skip
-    settings = {name: getattr(training, name) for name in same}
-    settings |= {"kl_target": training.beta_kl_target, "kl_horizon": training.beta_horizon}
-    return Controllers(training.tau, training.beta, ControllerSettings(**settings, meta_lr=training.meta_lr or 0.1))
-
-
-def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run:
-    """Load data and model. Everything a user can get wrong is wrong here, before anything is written."""
-    training = config.training
-    device = resolve_device(config.model.device)
-    tokenizer = load_tokenizer(config)
-    task = get_task(dataset_name, config.data)
-    train_problems = load_problems(config, task, tokenizer, "train") if for_training else []
-    eval_problems = load_problems(config, task, tokenizer, config.data.eval_split)
-    if for_training and len(train_problems) < training.num_questions_per_batch:
-        raise ConfigError(
-            f"{config.source}: training.num_questions_per_batch ({training.num_questions_per_batch}) is more than "
-            f"there are training problems ({len(train_problems)}); lower it"
-        )
-    warn_of_idle_penalty(training)
-    model = load_model(config, device)
-    check_attention(model, training.max_prompt_len + training.max_gen_len)
-    anchor = optimizer = None
-    if for_training:
-        anchor = load_model(config, device).requires_grad_(False)
-        optimizer = build_optimizer(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            learning_rate=training.learning_rate,
-            betas=tuple(training.betas),
-            eps=training.adam_eps,
-            weight_decay=training.weight_decay,
-            memory_efficient=training.memory_efficient_adamw,
-            master_bits=24,
-            state_bits=8,
-            offload=False,
-        )
-    per_epoch = len(train_problems) // training.num_questions_per_batch
-    max_steps = training.max_steps or per_epoch * training.num_epochs
-    eos_ids = end_token_ids(model, tokenizer)
-    return Run(config, task, tokenizer, train_problems, eval_problems, model, anchor, optimizer,
-               build_controllers(training), max_steps, eos_ids)  # fmt: skip
-
-
 def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", fresh: bool = False) -> dict:
     """Train, or go on with a run that was interrupted. Returns the last evaluation; the run is in work_dir/runs/."""
     configure_logging()
-    folder = Path(work_dir) / "runs" / f"{Path(config.source).stem}_{dataset_name}"
-    final = folder / "final"
+    folder = run_folder(config, dataset_name, work_dir)
     if not fresh:
         check_same_experiment(folder, config)
     run = prepare(config, dataset_name)
     if fresh and folder.exists():  # only now: a config that cannot run moves nothing
-        set_aside(folder)
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    state = load_checkpoint(checkpoints[-1], run.model, run.optimizer, run.controllers) if checkpoints else None
-    first_step = state["step"] + 1 if state else 0
-    if final.exists() and first_step > run.max_steps:
-        logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
-        return state["last_evaluation"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    telemetry = Telemetry(folder, first_step, run.max_steps)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    logger.info(
-        f"{config.model.pretrained_model_path}: {parameters:,} parameters, {config.model.dtype}, "
-        f"{run.model.device}; {len(run.train_problems)} training and {len(run.eval_problems)} evaluation "
-        f"problems of {dataset_name}; {run.max_steps} steps; run folder {folder}"
-    )
-    try:
-        return train_loop(run, folder, telemetry, state, StopSignal())
-    finally:
-        telemetry.close()
+        with RunLock(folder):
+            set_aside(folder)
+    with RunLock(folder):
+        newest = newest_checkpoint(folder / "checkpoints")
+        trust = config.model.trust_remote_code
+        state = load_checkpoint(newest, run.model, run.optimizer, run.controllers, trust) if newest else None
+        if state and state["step"] >= run.max_steps and finished_step(folder / "final") == state["step"]:
+            logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
+            return state["last_evaluation"]
+        if state is None:  # nothing here draws from these, but a reward function of the user's may
+            seed_everything(config.training.random_seed)
+        write_file(folder / "config.yaml", dump_config(config))
+        telemetry = Telemetry(folder, state["step"] + 1 if state else 0, run.max_steps)
+        describe(run, dataset_name)
+        logger.info(f"run folder {folder}")
+        try:
+            with StopSignal() as stop:
+                run.check_stop = stop.check
+                return train_loop(run, folder, telemetry, state)
+        finally:
+            telemetry.close()
 
 
-def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None, stop: StopSignal) -> dict:
-    """Evaluate, then step after step; save and stop when asked to."""
+def seed_everything(seed: int) -> None:
+    """The generators of Python, NumPy and torch; a checkpoint holds where they are."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run_folder(config: Config, dataset_name: str, work_dir: str | Path = ".") -> Path:
+    """Where a run of this config lives."""
+    return Path(work_dir) / "runs" / f"{Path(config.source).stem}_{dataset_name}"
+
+
+def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None) -> dict:
+    """Evaluate, then step after step; save when it is time, and before leaving."""
     training = run.config.training
     if state:
         logger.info(f"going on after step {state['step']}")
         if "anchor" in state:
             run.anchor.load_state_dict(state["anchor"])
-        first, last = state["first_evaluation"], state["last_evaluation"]
-        start = state["step"] + 1
+        first, last, best = state["first_evaluation"], state["last_evaluation"], state["best_evaluation"]
     else:
         first = last = evaluate(run)
+        best = headline(first)
         logger.info(f"before training: {accuracy_line(first)}")
         telemetry.write_step(0, first)
-        start = 1
-    metrics = last
-    for step in range(start, run.max_steps + 1):
-        metrics, groups = train_step(run, step)
-        at_end, looks = step == run.max_steps, evaluates_at(run, step)
+    done = saved = state["step"] if state else 0
+    bad, metrics = state["bad_steps"] if state else 0, last
+
+    def save() -> None:
+        extra = {"first_evaluation": first, "last_evaluation": last, "best_evaluation": best, "bad_steps": bad}
+        if training.reference_sync_steps:
+            extra["anchor"] = run.anchor.state_dict()
+        save_checkpoint(folder / "checkpoints", done, run.model, run.tokenizer, run.optimizer, run.controllers, extra,
+                        training.keep_checkpoints, headline(last) if evaluates_at(run, done) else None)  # fmt: skip
+
+    while done < run.max_steps:
+        try:
+            run.check_stop()
+            metrics, groups = train_step(run, done + 1)
+        except Stopped:
+            if done > saved:
+                save()
+            logger.info(f"stopped; the first {done} steps are saved, the same command goes on from there")
+            raise
+        done += 1
+        at_end, looks = done == run.max_steps, evaluates_at(run, done)
         if looks:
             started = time.perf_counter()
             last = evaluate(run)
+            best = max(best, headline(last))
             metrics |= last | {"time/evaluate": time.perf_counter() - started}
-        if looks or step == 1:
-            telemetry.write_text("completions", completions_table(groups), step)
+        if looks or done == 1:
+            telemetry.write_text("completions", completions_table(groups), done)
             telemetry.write_histogram(
-                "rollout/lengths", torch.tensor([len(e.token_ids) for g in groups for e in g.episodes]), step
+                "rollout/lengths", torch.tensor([len(e.token_ids) for g in groups for e in g.episodes]), done
             )
-        telemetry.write_step(step, metrics)
+        telemetry.write_step(done, metrics)
         if looks:
-            logger.info(f"step {step}/{run.max_steps}: {accuracy_line(last)}")
-        due = training.ckpt_save_interval and step % training.ckpt_save_interval == 0
-        if at_end or due or stop.number:
-            extra = {"first_evaluation": first, "last_evaluation": last}
-            if training.reference_sync_steps:
-                extra["anchor"] = run.anchor.state_dict()
-            save_checkpoint(
-                folder / "checkpoints",
-                step,
-                run.model,
-                run.tokenizer,
-                run.optimizer,
-                run.controllers,
-                extra,
-                training.keep_checkpoints,
+            logger.info(f"step {done}/{run.max_steps}: {accuracy_line(last)}")
+        bad = bad + 1 if metrics["train/skipped_updates"] else 0
+        if bad:
+            keep_bad_batch(folder / "bad_steps", done, groups)
+        if at_end or bad >= training.max_bad_steps or due(done, training.ckpt_save_interval):
+            save()
+            saved = done
+        if bad >= training.max_bad_steps and not at_end:
+            raise RunError(
+                f"{bad} steps in a row had no finite gradient; what they were computed on is in "
+                f"{folder / 'bad_steps'}; the weights are those from before them, saved as "
+                f"step {done}; lower training.learning_rate, or set model.dtype: float32"
             )
-        if stop.number and not at_end:
-            logger.info(f"stopped after step {step} and saved; the same command goes on from here")
-            raise SystemExit(128 + stop.number)
-    save_model(run.model, run.tokenizer, folder / "final")
-    telemetry.write_hparams({**asdict(run.config.model), **asdict(training)}, metrics)
-    logger.info(f"before training: {accuracy_line(first)}")
-    logger.info(f"after training:  {accuracy_line(last)}")
-    logger.info(f"model in {folder / 'final'}; curves: tensorboard --logdir {folder.parent}")
+    finish(run, folder, telemetry, done, first, last, metrics)
     return last
 
 
-def completions_table(groups: list[Group], shown: int = 8) -> str:
-    """Prompts, completions and rewards of the first episodes, one of each group."""
-    rows = [[g.problem.prompt_text, g.episodes[0].text, f"{g.episodes[0].reward:.2f}"] for g in groups[:shown]]
-    return markdown_table(["prompt", "completion", "reward"], rows)
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps, 0 for never, happens at this one."""
+    return interval > 0 and step % interval == 0
 
 
-def run_evaluation(config: Config, dataset_name: str) -> dict[str, float]:
-    """--eval_only: evaluate the config's model and print the result."""
+def headline(metrics: dict[str, float]) -> float:
+    """The one number by which evaluations are compared."""
+    return metrics["eval/pass@1"] if "eval/pass@1" in metrics else metrics["eval/pair_accuracy"]
+
+
+def keep_bad_batch(folder: Path, step: int, groups: list[Group]) -> None:
+    """What a step without a finite gradient was computed on, to look at."""
+    folder.mkdir(exist_ok=True)
+    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+        for group in groups:
+            for episode in group.episodes:
+                row = asdict(episode) | {"prompt": group.problem.prompt_text, "prompt_ids": group.problem.prompt_ids}
+                file.write(json.dumps(row, default=str) + "\n")
+
+
+def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict, last: dict, metrics: dict) -> None:
+    """final/, the hyperparameters with the result, and the push to the hub."""
+    config, model, final = run.config, run.model, folder / "final"
+    if is_lora(config) and config.lora.merge_on_save:
+        from src.lora import merged_model
+
+        model = merged_model(model)
+    save_model(model, run.tokenizer, final, step)
+    lora = {f"lora.{name}": value for name, value in asdict(config.lora).items()} if is_lora(config) else {}
+    telemetry.write_hparams({**asdict(config.model), **asdict(config.training), **lora}, metrics)
+    logger.info(f"before training: {accuracy_line(first)}")
+    logger.info(f"after training:  {accuracy_line(last)}")
+    logger.info(f"model in {final}; curves: tensorboard --logdir {folder.parent}")
+    if config.hub.push_to_hub:
+        base, source = config.model.pretrained_model_path, config.data.path or getattr(run.task, "hub_id", None)
+        name = folder.name.removeprefix(f"{Path(config.source).stem}_")
+        on_hub = [source] if source and not Path(source).exists() else []
+        about = {"model": base, "dataset": name, "datasets": on_hub, "config": dump_config(config)}
+        url = push_final(final, config.hub, about, {"before": first, "after": last}, folder / "metrics.jsonl")
+        logger.info(f"pushed to {url}")
+
+
+def run_evaluation(config: Config, dataset_name: str, work_dir: str | Path = ".") -> dict[str, float]:
+    """--eval_only: evaluate the config's model; a report and every completion are in the run folder's name + _eval."""
     configure_logging()
-    metrics = evaluate(prepare(config, dataset_name, for_training=False))
+    run = prepare(config, dataset_name, for_training=False)
+    folder = run_folder(config, f"{dataset_name}_eval", work_dir)
+    metrics = evaluate(run, folder)
     logger.info(accuracy_line(metrics))
+    if not is_offline(run):
+        logger.info(f"report.json and completions.jsonl are in {folder}")
     return metrics
+
+
+def run_check(config: Config, dataset_name: str) -> None:
+    """--check: load config, data and model, say what would happen, and write nothing."""
+    configure_logging()
+    describe(prepare(config, dataset_name), dataset_name)
+    logger.info("everything is in order; nothing was written")

@@ -160,7 +160,7 @@ BAD = {
     "two names of one key": (TRAINING("mask_truncated: true\n  skip_unfinished_episodes: false"), "given twice"),
     # sections and keys
     "unknown section": ("trainer:\n  beta: 1\n", "trainer is not a section; did you mean training?"),
-    "section of nonsense": ("zzz:\n", "zzz is not a section; known are: data, model, training"),
+    "section of nonsense": ("zzz:\n", "zzz is not a section; known are: data, hub, lora, model, training"),
     "numeric section": ("1: 2\n", "1 is not a section"),
     "internal field": ("source: x\n", "source is not a section"),
     "section is a text": ("model: hello\n", "model must be a list of `key: value` lines, not 'hello'"),
@@ -312,7 +312,7 @@ def test_every_key_has_a_doc(section, field):
 def test_every_key_is_read_by_something():
     files = [PROJECT / "main.py", *sorted((PROJECT / "src").glob("*.py"))]
     code = "\n".join(file.read_text(encoding="utf-8") for file in files if file.name != "config.py")
-    unread = {f"{section}.{field.name}" for section, field in KEYS if not re.search(rf"\.{field.name}\b", code)}
+    unread = {f"{section}.{field.name}" for section, field in KEYS if not re.search(rf"[.\"]{field.name}\b", code)}
     assert unread == UNREAD
 
 
@@ -353,6 +353,7 @@ def every_key_changed(loss_type: str) -> dict:
     given = {section: {field.name: other_value(field) for field in fields(SECTIONS[section])} for section in SECTIONS}
     given["training"] = {name: value for name, value in given["training"].items() if not unread_by(probe, name)}
     given["training"] |= {"loss_type": loss_type, "batch_size": 24, "num_questions_per_batch": 6, "betas": [0.25, 0.5]}
+    given["training"] |= {"anchor": "reference", "reference_sync_steps": 0}  # lora has no other anchor
     for low, high in (("tau_min", "tau_max"), ("beta_min", "beta_max")):
         if low in given["training"]:
             given["training"] |= {low: 0.5, high: 5.0}

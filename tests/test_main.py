@@ -102,7 +102,7 @@ BAD = {
     "no dataset": (("--config", "good.yaml"), "the following arguments are required: --dataset_name"),
     "unknown dataset": (
         ("--config", "good.yaml", "--dataset_name", "countdwn"),
-        "invalid choice: 'countdwn' (choose from",
+        "countdwn is not a dataset; did you mean countdown?",
     ),
     "unknown option": (
         ("--config", "good.yaml", "--dataset_name", "countdown", "--resume"),
@@ -312,11 +312,13 @@ def test_bad_data_or_model(late, name):
     assert {path.name for path in folder.iterdir()} == {path.name for path in (folder.parent / "given").iterdir()}
 
 
-def test_eval_only_evaluates_and_leaves_nothing(late):
+def test_eval_only_evaluates_and_leaves_only_a_report(late):
     code, shown, complaint, folder = late["eval_only"]
     assert (code, complaint) == (0, "")
     assert shown.startswith("greedy ") and "pass@1" in shown and "pass@2" in shown
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (folder.parent / "given").iterdir()}
+    given = {path.name for path in (folder.parent / "given").iterdir()}
+    assert {path.name for path in folder.iterdir()} == given | {"runs"}
+    assert [path.name for path in (folder / "runs").iterdir()] == ["good_countdown_eval"]
 
 
 def test_missing_model_in_a_process_of_its_own(tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from src import scoring
-from src.config import LOSS_TYPES, POLICY_KEYS, SEED_FORMAT_KEYS, ConfigError, TrainingConfig, load_config
+from src.config import LOSS_TYPES, POLICY_KEYS, SEED_FORMAT_KEYS, ConfigError, LoraConfig, TrainingConfig, load_config
 from src.packing import PackedBatch, pack
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates
 from src.scoring import Scores, score, score_chunk
@@ -573,7 +573,9 @@ def make_run(form: str, **keys) -> tuple[SimpleNamespace, list]:
     """A tiny model, an anchor and an old policy near it, and ragged groups, the last of completions of one token."""
     packed, _ = make_pair("llama")
     training = settings_of(form, max_gen_len=32, **{"ot_iters": 20, **keys})
-    run = SimpleNamespace(model=packed, anchor=perturbed(packed, 0.05, 1), config=SimpleNamespace(training=training))
+    run = SimpleNamespace(
+        model=packed, anchor=perturbed(packed, 0.05, 1), config=SimpleNamespace(training=training, lora=LoraConfig())
+    )
     groups = make_groups(torch.Generator().manual_seed(6), [*RAGGED, (3, [1, 1])])
     old = score(perturbed(packed, 0.02, 2), pack(groups, "cpu", torch.float32), 1.0).logprobs.split(
         [len(e.token_ids) for g in groups for e in g.episodes]

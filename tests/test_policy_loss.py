@@ -11,17 +11,17 @@ from test_penalties import full_gradient, make_batch, make_run
 from torch import Tensor
 
 from src import train_grpo
-from src.config import TrainingConfig
+from src.config import DataConfig, TrainingConfig
 from src.maxent import Controllers
 from src.packing import Episode, Group, PackedBatch, pack
 from src.penalties import policy_loss
+from src.rewards import Rewards
 from src.rl_datasets import Problem
 from src.scoring import Scores, score
 from src.train_grpo import (
     add_advantages,
     add_loss_weights,
     add_old_logprobs,
-    grade,
     loss_of_microbatch,
     train_step,
     update,
@@ -305,7 +305,7 @@ def test_seed_grpo_masses_are_of_length_normalised_log_probs():
 def test_zero_truncated_rewards(zero):
     task = SimpleNamespace(reward=lambda text, reference: {"reward": 1.5, "answer": 1.0})
     groups = hand_groups([[3, 2]], [0.0, 0.0], [True, False])
-    (graded,) = grade(task, groups, TrainingConfig(zero_truncated_rewards=zero))
+    ((graded,), _) = Rewards(task, DataConfig()).grade(groups, zero)
     assert [e.reward for e in graded.episodes] == [1.5, 0.0 if zero else 1.5]
     assert [e.reward_parts for e in graded.episodes] == [{"reward": 1.5, "answer": 1.0}] * 2, "what the task said stays"
 
@@ -347,7 +347,8 @@ def updatable(form: str, **keys):
     flat = replace(groups[1], episodes=tuple(replace(e, reward=0.7, advantage=0.0) for e in groups[1].episodes))
     run.optimizer = torch.optim.SGD(run.model.parameters(), 1.0)
     run.controllers = Controllers(run.config.training.tau, run.config.training.beta)
-    run.max_steps = 100
+    run.max_steps, run.check_stop, run.task = 100, lambda: None, None
+    run.rewards = SimpleNamespace(faults={})
     return run, [groups[0], flat, groups[2]]
 
 

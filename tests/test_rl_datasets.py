@@ -16,22 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.config import ConfigError, DataConfig
-from src.rl_datasets import (
+from src.grading import (
     MAX_DIGITS,
     MAX_EXPRESSION_DEPTH,
     MAX_EXPRESSION_LENGTH,
     MAX_GRADED_LENGTH,
-    TASKS,
-    Countdown,
     ExpressionError,
     evaluate_expression,
-    get_task,
     has_think_answer_format,
     last_answer,
-    make_problems,
-    random_expression,
-    split_of,
 )
+from src.rl_datasets import TASKS, Countdown, get_task, make_problems, random_expression, split_of
 
 quick = settings(max_examples=300, deadline=None)
 

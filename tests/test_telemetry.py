@@ -1,14 +1,22 @@
 """What a run leaves to look at: metrics.jsonl and TensorBoard say the same, once for each step, also after a crash."""
 
+import errno
 import json
 import logging
 import math
+import os
+import resource
+import sys
+import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from src import telemetry as module
+from src.storage import StorageError
 from src.telemetry import Telemetry, configure_logging, keep_lines_through, markdown_table
 
 
@@ -34,9 +42,7 @@ def metrics_of(step: int, run: int = 0) -> dict[str, float]:
 
 
 def write_run(folder, steps, first_step: int, run: int = 0) -> None:
-    """One process of a run; older event files get older names, as if the processes were not in the same second."""
-    for age, file in enumerate(sorted((folder / "tb").glob("*.[0-9]"))):
-        file.rename(folder / "tb" / f"events.out.tfevents.00{first_step}{age}.old")
+    """One process of a run."""
     telemetry = Telemetry(folder, first_step, 10)
     for step in steps:
         telemetry.write_step(step, metrics_of(step, run))
@@ -82,11 +88,28 @@ def test_a_number_that_is_none_is_null(tmp_path):
     assert math.isnan(scalars_of(tmp_path)["a"][0][1]), "TensorBoard can show it"
 
 
-def test_every_step_is_on_the_disk_at_once(tmp_path):
+def test_every_step_is_on_the_disk_at_once(tmp_path, monkeypatch):
+    """In both files, as nothing is written after a SIGKILL; metrics.jsonl in one piece, and past the system's cache."""
+    calls = []
+    for name in ("write", "fsync"):
+        real = getattr(os, name)
+
+        def call(descriptor, *rest, real=real, name=name):
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.jsonl"):
+                calls.append(name)
+            return real(descriptor, *rest)
+
+        monkeypatch.setattr(os, name, call)
     telemetry = Telemetry(tmp_path, 0, 10)
     telemetry.write_step(0, metrics_of(0))
     telemetry.write_step(1, metrics_of(1))
+    telemetry.write_text("completions", "text", 1)
+    telemetry.write_histogram("lengths", torch.tensor([1, 2, 3]), 1)
     assert [line["step"] for line in lines_of(tmp_path)] == [0, 1]
+    assert calls == ["write", "fsync"] * 2
+    assert [step for step, _ in scalars_of(tmp_path)["train/reward"]] == [1]
+    tags = events_of(tmp_path).Tags()
+    assert tags["tensors"] == ["completions/text_summary"] and tags["histograms"] == ["lengths"]
     telemetry.close()
 
 
@@ -150,9 +173,163 @@ def test_a_crash_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_file_in_order_is_not_written_again(tmp_path):
+    write_run(tmp_path, range(4), first_step=0)
+    inode = (tmp_path / "metrics.jsonl").stat().st_ino
+    keep_lines_through(tmp_path / "metrics.jsonl", 3)
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("clock", ["the same second", "backwards", "forwards"])
+def test_every_step_is_shown_once_after_many_crashes(tmp_path, monkeypatch, clock):
+    """TensorBoard reads event files in the order of their names, which come from the clock."""
+    now = time.time()
+    for life, (first, last) in enumerate([(0, 4), (3, 5), (3, 3), (2, 6), (7, 9), (9, 9), (1, 8), (8, 11)]):
+        shift = {"the same second": 0, "backwards": -100_000 * life, "forwards": 100_000 * life}[clock]
+        monkeypatch.setattr(time, "time", lambda shift=shift: now + shift)
+        write_run(tmp_path, range(first, last + 1), first_step=first, run=life)
+    monkeypatch.undo()
+    last_life = [6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7]  # of steps 1 to 11, by hand: who wrote it last
+    expected = [(step, pytest.approx(step + life / 10)) for step, life in zip(range(1, 12), last_life, strict=True)]
+    assert scalars_of(tmp_path)["train/reward"] == expected
+    assert [(line["step"], line["train/reward"]) for line in lines_of(tmp_path)[1:]] == expected
+    assert scalars_of(tmp_path)["eval/greedy"] == [(0, 0.25)]
+
+
+@pytest.mark.parametrize("lost", [1, 5, 30, 200])
+def test_a_record_that_was_cut_by_a_crash_hides_no_later_one(tmp_path, lost):
+    write_run(tmp_path, range(5), first_step=0)
+    (file,) = (tmp_path / "tb").iterdir()
+    file.write_bytes(file.read_bytes()[:-lost])
+    write_run(tmp_path, range(4, 7), first_step=4, run=1)
+    expected = [(step, pytest.approx(step + (step >= 4) / 10)) for step in range(1, 7)]
+    assert scalars_of(tmp_path)["train/reward"] == expected
+
+
+def test_events_of_torch_s_own_writer_are_gone_on_from(tmp_path):
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "tb" / "events.out.tfevents.4000000000.host.12.0").write_bytes(b"")
+    write_run(tmp_path, range(3), first_step=0)
+    assert max(path.name for path in (tmp_path / "tb").iterdir()) == f"events.out.tfevents.4000000001.{os.getpid()}"
+
+
 def test_no_metrics_file_yet(tmp_path):
     keep_lines_through(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())
+
+
+# --- a disk that does not take it -------------------------------------------------------------------------------------
+
+
+def complaints(folder) -> list[str]:
+    return [line for line in (folder / "training.log").read_text(encoding="utf-8").splitlines() if "TensorB" in line]
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "")
+
+
+def test_training_goes_on_where_tensorboard_cannot_begin(tmp_path):
+    (tmp_path / "tb").write_text("a file where the folder should be")
+    telemetry = Telemetry(tmp_path, 0, 5)
+    for step in range(3):
+        telemetry.write_step(step, metrics_of(step))
+        telemetry.write_text("completions", "text", step)
+        telemetry.write_histogram("lengths", [1], step)
+    telemetry.write_hparams({"a": 1}, {"train/reward": 1.0})
+    telemetry.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2]
+    (warning,) = complaints(tmp_path)
+    assert "TensorBoard's file cannot be written (File exists): the run goes on without it" in warning
+
+
+def fail_in_the_middle(telemetry, monkeypatch):
+    monkeypatch.setattr(telemetry.events.records, "write", full)
+
+
+def fail_at_the_disk(telemetry, monkeypatch):
+    monkeypatch.setattr(telemetry.events, "file", open("/dev/full", "wb"))  # noqa: SIM115
+    telemetry.events.records = module.RecordWriter(telemetry.events.file)
+
+
+def fail_in_torch(telemetry, monkeypatch):
+    monkeypatch.setattr(module, "scalar", lambda *_: 1 / 0)
+
+
+@pytest.mark.parametrize("fail", [fail_in_the_middle, fail_at_the_disk, fail_in_torch])
+def test_training_goes_on_where_tensorboard_fails(tmp_path, monkeypatch, fail):
+    telemetry = Telemetry(tmp_path, 0, 5)
+    telemetry.write_step(0, metrics_of(0))
+    telemetry.write_step(1, metrics_of(1))
+    fail(telemetry, monkeypatch)
+    for step in (2, 3):
+        telemetry.write_step(step, metrics_of(step))
+    telemetry.write_hparams({"a": 1}, {"train/reward": 1.0})
+    telemetry.close()
+    monkeypatch.undo()
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2, 3]
+    assert scalars_of(tmp_path)["train/reward"] == [(1, 1.0)]
+    (warning,) = complaints(tmp_path)
+    assert warning.endswith("the run goes on without it, see metrics.jsonl")
+
+
+@pytest.mark.parametrize("taken", [0, 1, 50])
+def test_a_full_disk_stops_the_run_and_leaves_whole_lines(tmp_path, monkeypatch, taken):
+    """`taken`: bytes of the line for which there was still room."""
+    telemetry = Telemetry(tmp_path, 0, 5)
+    telemetry.write_step(0, metrics_of(0))
+    before, write, calls = (tmp_path / "metrics.jsonl").read_bytes(), os.write, []
+
+    def nearly_full(descriptor, line):
+        calls.append(line)
+        return write(descriptor, line[:taken]) if taken and len(calls) == 1 else full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", nearly_full)
+        with pytest.raises(StorageError) as failure:
+            telemetry.write_step(1, metrics_of(1))
+    assert str(failure.value).startswith(
+        f"{tmp_path / 'metrics.jsonl'} could not be written (No space left on device); the last checkpoint is safe;"
+    )
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    telemetry.close()
+
+
+def test_a_real_limit_of_the_system_stops_the_run(tmp_path):
+    telemetry = Telemetry(tmp_path, 0, 5)
+    telemetry.write_step(0, metrics_of(0))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+        with pytest.raises(StorageError, match=r"metrics\.jsonl could not be written \(File too large\)"):
+            telemetry.write_step(1, metrics_of(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    telemetry.close()
+
+
+def test_metrics_that_cannot_be_opened_are_said(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"metrics\.jsonl could not be written \(Is a directory\)"):
+        Telemetry(tmp_path, 0, 5)
+
+
+def test_training_goes_on_when_the_terminal_is_gone(tmp_path, monkeypatch):
+    configure_logging(tmp_path / "training.log")
+    handlers = list(logging.getLogger("grpo").handlers)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        for text in ("one", "two"):
+            logging.getLogger("grpo").info(text)
+        monkeypatch.undo()
+        assert len(logging.getLogger("grpo").handlers) == len(handlers) - 1
+        assert [line.split()[-1] for line in (tmp_path / "training.log").read_text().splitlines()] == ["one", "two"]
+        logging.getLogger("grpo").handlers = handlers
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # where the rest of its buffer can go
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
@@ -192,8 +369,6 @@ def test_hparams_are_written_with_the_final_metrics(tmp_path):
 
 
 def test_histograms_are_written(tmp_path):
-    import torch
-
     telemetry = Telemetry(tmp_path, 0, 1)
     telemetry.write_histogram("rollout/lengths", torch.tensor([1, 2, 2, 9]), 3)
     telemetry.close()

@@ -10,14 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from src.config import ConfigError, load_config
+from src.evaluate import pass_at_k
 from src.train_grpo import (
     add_advantages,
     add_loss_weights,
     evaluate,
+    given_groups,
     learning_rate_at,
     loss_of_microbatch,
     microbatches,
-    pass_at_k,
     prepare,
     questions_of_step,
     run_evaluation,
@@ -247,11 +248,19 @@ def test_every_problem_comes_once_an_epoch_in_a_new_order():
     assert epochs[0] != epochs[1]
 
 
-def test_evaluation_is_the_same_each_time_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_evaluation_is_the_same_each_time_and_leaves_a_report(tmp_path):
     config = small_config()
-    assert run_evaluation(config, "countdown") == run_evaluation(config, "countdown")
-    assert list(tmp_path.iterdir()) == []
+    metrics = run_evaluation(config, "countdown", tmp_path)
+    assert metrics == run_evaluation(config, "countdown", tmp_path)
+    folder = tmp_path / "runs" / f"{Path(config.source).stem}_countdown_eval"
+    assert {path.name for path in folder.iterdir()} == {"report.json", "completions.jsonl"}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["metrics"] == metrics and report["about"]["config"]["training"]["temperature"] == 1.0
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    for kind, number in (("greedy", 8), ("sampled", 16)):
+        answers = [row["parts"]["answer"] for row in rows if row["kind"] == kind]
+        assert len(answers) == number
+        assert sum(answers) / number == pytest.approx(metrics["eval/greedy" if kind == "greedy" else "eval/pass@1"])
 
 
 def test_evaluation_by_hand(monkeypatch):
@@ -278,3 +287,70 @@ def test_learning_rate_schedules_by_hand():
     assert [learning_rate_at(s, 6, linear) for s in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     cosine = replace(training, lr_schedule="cosine")
     assert learning_rate_at(5, 6, cosine) == pytest.approx(0.5)
+
+
+def test_groups_of_a_file_are_cut_by_nothing_but_the_limits(tmp_path):
+    file = tmp_path / "scored.jsonl"
+    texts = ["1 + 2", "3", "4 - 1 + 0 * 7"]
+    rows = [
+        {"prompt": f"{n}", "nums": [n, 2], "target": n, "completions": [{"text": t, "score": n + s} for t in texts[:k]]}
+        for n, k, s in [(number, 2 + number % 2, 0.5) for number in range(1, 13)]
+    ]
+    for row in rows:
+        row["completions"][0]["score"] = 99
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"data.path={file}", "training.old_logprobs=trainer", "training.minibatches=1"]
+    run = prepare(small_config(*overrides), "scored")
+    assert len(run.train_problems) + len(run.eval_problems) == 12 and run.eval_problems
+    groups = given_groups(run, run.train_problems)
+    for group in groups:
+        given = group.problem.reference["completions"]
+        assert [e.text for e in group.episodes] == [item["text"] for item in given]
+        assert [e.reward for e in group.episodes] == [item["score"] for item in given]
+        assert [e.reward_parts["answer"] for e in group.episodes] == [1.0] + [0.0] * (len(given) - 1)
+        for episode in group.episodes:
+            assert episode.token_ids[-1] == run.tokenizer.eos_token_id and episode.finished
+            assert run.tokenizer.decode(episode.token_ids[:-1]) == episode.text
+    graded = add_advantages(groups, run.config.training)
+    for group in graded:  # groups of two and of three: mean 0, variance 1, each by itself
+        advantages = torch.tensor([e.advantage for e in group.episodes])
+        assert advantages.mean().abs() < 1e-6 and advantages.std(correction=0) == pytest.approx(1)
+    longest = max(len(e.token_ids) for g in groups for e in g.episodes)
+    run.config.training.max_gen_len = longest - 1
+    kept = [e.text for g in given_groups(run, run.train_problems) for e in g.episodes]
+    assert kept and texts[2] not in kept and set(kept) == set(texts[:2])
+    run.config.training.max_gen_len, run.config.training.max_seq_length = 1000, len(groups[0].problem.prompt_ids) + 1
+    with pytest.raises(ConfigError, match="every completion of this step is longer"):
+        given_groups(run, run.train_problems[:1])
+
+
+@pytest.mark.parametrize(
+    "override", ["training.importance_cap=2", "training.seed_grpo_alpha=1", "training.old_logprobs=sampler",
+                 "training.anchor=rollout", "training.zero_truncated_rewards=true"])  # fmt: skip
+def test_keys_about_the_policy_that_sampled_are_refused_where_none_did(tmp_path, override):
+    file = tmp_path / "scored.jsonl"
+    rows = [{"prompt": f"{n}", "completions": [{"text": "1", "score": 0}, {"text": "2", "score": 1}]} for n in range(9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{name} is about the policy that sampled"):
+        prepare(small_config(f"data.path={file}", "training.old_logprobs=trainer", override), "scored")
+
+
+def test_dropout_of_an_adapter_is_on_in_the_update_alone_and_the_same_when_a_step_is_done_again(tmp_path):
+    lora = ["lora.r=4", "training.minibatches=1"]
+    runs = [prepare(small_config(*lora, f"lora.dropout={p}"), "countdown") for p in (0.0, 0.5, 0.5)]
+    groups, moved = [], []
+    for run in runs:
+        with torch.no_grad():  # an adapter at zero has no gradient in its first matrix
+            for name, parameter in run.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.02)
+        sampled = sample(run, questions_of_step(run, 1), 4, 1.0, stream=1)
+        groups.append([e.token_ids for g in sampled for e in g.episodes])
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+        torch.manual_seed(len(moved))  # whatever the state of torch's own generator is
+        update(run, add_advantages(sampled, run.config.training), step=1)
+        after = dict(run.model.named_parameters())
+        moved.append(torch.cat([(after[name] - value).flatten() for name, value in before.items()]))
+    assert groups[0] == groups[1] == groups[2], "no dropout in the rollout"
+    assert torch.equal(moved[1], moved[2]) and not torch.equal(moved[0], moved[1])

@@ -1,0 +1,217 @@
+"""From a config to a run that is ready for its first step: data, model, reference, optimizer, and what will fit.
+
+Everything a user can get wrong is wrong here, before anything is written.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from src.config import Config, ConfigError, TrainingConfig
+from src.hub import check_hub, check_hub_keys
+from src.maxent import Controllers, ControllerSettings
+from src.models import end_token_ids, load_model, load_tokenizer, resolve_device
+from src.optim import build_optimizer
+from src.packing import check_attention
+from src.rewards import Rewards
+from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
+from src.sampler import cache_shape, free_memory
+from src.scoring import CHUNK_ELEMENTS
+
+logger = logging.getLogger("grpo")
+
+
+@dataclass
+class Run:
+    """Everything a run holds; the functions of src/train_grpo.py take it."""
+
+    config: Config
+    task: object
+    rewards: Rewards
+    tokenizer: object
+    train_problems: list[Problem]
+    eval_problems: list[Problem]
+    model: torch.nn.Module
+    anchor: object  # frozen: the initial policy, or with `anchor: rollout` the one that sampled
+    optimizer: torch.optim.Optimizer
+    controllers: Controllers  # the live values of tau and beta
+    max_steps: int
+    eos_ids: tuple[int, ...]
+    check_stop: Callable[[], None] = lambda: None  # leaves the step in progress when the user wants to stop
+
+
+def is_lora(config: Config) -> bool:
+    """Whether adapters are trained and not the full weights."""
+    return bool(config.lora.r or config.lora.path)
+
+
+def fitting_problems(config: Config, task, rows: list[dict], tokenizer, split: str) -> list[Problem]:
+    """Every row of a split whose prompt fits."""
+    limit = config.training.max_prompt_len
+    problems = make_problems(task, rows, tokenizer, limit)
+    if len(problems) < len(rows):
+        logger.warning(
+            f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than max_prompt_len: left out"
+        )
+    if not problems:
+        raise ConfigError(f"{config.source}: no {split} prompt fits training.max_prompt_len ({limit} tokens); raise it")
+    return problems
+
+
+def warn_of_idle_penalty(training: TrainingConfig) -> None:
+    """With one update a rollout the rollout anchor is the policy itself: distance and gradient are zero (k1: noise)."""
+    idle = training.loss_type in ("kl", "approx_kl") or (training.loss_type == "ot" and training.ot_debias)
+    if training.anchor == "rollout" and training.minibatches * training.inner_epochs == 1 and idle:
+        logger.warning(
+            "anchor: rollout with one update a rollout compares the policy with itself: the penalty does nothing; "
+            "use anchor: reference, or minibatches or inner_epochs above 1"
+        )
+
+
+def build_controllers(training: TrainingConfig) -> Controllers:
+    """tau and beta with what moves them, if anything does."""
+    same = ("tau_target_entropy", "tau_target_entropy_start", "tau_target_anneal_steps", "tau_lr", "tau_min", "tau_max",
+            "tau_warmup_steps", "beta_min", "beta_max")  # fmt: skip
+    settings = {name: getattr(training, name) for name in same}
+    settings |= {"kl_target": training.beta_kl_target, "kl_horizon": training.beta_horizon}
+    return Controllers(training.tau, training.beta, ControllerSettings(**settings, meta_lr=training.meta_lr or 0.1))
+
+
+def check_task(config: Config, task) -> None:
+    """Keys that mean nothing where the completions come from a file."""
+    training = config.training
+    if not getattr(task, "offline", False):
+        return
+    for name, wrong in (
+        ("importance_cap", training.importance_cap is not None),
+        ("seed_grpo_alpha", training.seed_grpo_alpha > 0),
+        ("old_logprobs", training.old_logprobs == "sampler"),
+        ("anchor", training.anchor == "rollout"),
+        ("zero_truncated_rewards", training.zero_truncated_rewards),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"{config.source}: training.{name} is about the policy that sampled, but here the completions come "
+                f"from a file; remove the key"
+            )
+    if config.data.reward_functions:
+        raise ConfigError(f"{config.source}: data.reward_functions does nothing where the file has the scores; remove")
+
+
+def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run:
+    """Load data and model; ConfigError for whatever is wrong with them."""
+    training = config.training
+    device = resolve_device(config.model.device)
+    check_hub_keys(config.hub, config.source)
+    if for_training:
+        check_hub(config.hub)
+    tokenizer = load_tokenizer(config)
+    task = get_task(dataset_name, config.data)
+    check_task(config, task)
+    rewards = Rewards(task, config.data)
+    train_problems = fitting_problems(config, task, load_train_rows(task), tokenizer, "train") if for_training else []
+    split = config.data.eval_split
+    eval_problems = fitting_problems(config, task, load_eval_rows(task), tokenizer, split)
+    rewards.check_columns([problem.reference for problem in train_problems + eval_problems])
+    if for_training and len(train_problems) < training.num_questions_per_batch:
+        raise ConfigError(
+            f"{config.source}: training.num_questions_per_batch ({training.num_questions_per_batch}) is more than "
+            f"there are training problems ({len(train_problems)}); lower it"
+        )
+    warn_of_idle_penalty(training)
+    model = load_model(config, device)
+    if is_lora(config):
+        from src.lora import FrozenBase, add_adapter  # here, because only a LoRA run needs peft
+
+        model = add_adapter(model, config.lora, training.random_seed)
+    check_attention(model, training.max_prompt_len + training.max_gen_len)
+    anchor = optimizer = None
+    if for_training:
+        anchor = FrozenBase(model) if is_lora(config) else load_model(config, device).requires_grad_(False)
+        optimizer = build_optimizer(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            learning_rate=training.learning_rate,
+            betas=tuple(training.betas),
+            eps=training.adam_eps,
+            weight_decay=training.weight_decay,
+            memory_efficient=training.memory_efficient_adamw,
+            master_bits=training.master_bits,
+            state_bits=training.state_bits,
+            offload=training.offload,
+        )
+    per_epoch = len(train_problems) // training.num_questions_per_batch
+    max_steps = training.max_steps or per_epoch * training.num_epochs
+    return Run(config, task, rewards, tokenizer, train_problems, eval_problems, model, anchor, optimizer,
+               build_controllers(training), max_steps, end_token_ids(model, tokenizer))  # fmt: skip
+
+
+def describe(run: Run, dataset_name: str) -> None:
+    """The block at the start of a run: model, data, memory, and the first prompt as the model sees it."""
+    parameters = list(run.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    logger.info(
+        f"{run.config.model.pretrained_model_path}: {total:,} parameters"
+        + (f", {trained:,} of them trained" if trained != total else "")
+        + f", {run.config.model.dtype}, {run.model.device}; {len(run.train_problems)} training and "
+        f"{len(run.eval_problems)} evaluation problems of {dataset_name}; {run.max_steps} steps"
+    )
+    plan = memory_plan(run)
+    unit, name = (2**30, "GiB") if peak_of(plan) > 2**30 else (2**20, "MiB")
+    parts = ", ".join(f"{purpose} {size / unit:.1f}" for purpose, size in plan.items())
+    logger.info(
+        f"memory, estimated: {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once; "
+        f"{free_memory(run.model.device) / 2**30:.1f} GiB are free with the model loaded"
+    )
+    problem = run.train_problems[0]
+    last = ", ".join(f"{token} {run.tokenizer.decode([token])!r}" for token in problem.prompt_ids[-4:])
+    logger.info(f"first prompt, {len(problem.prompt_ids)} tokens, the last ones {last}:\n{problem.prompt_text}")
+
+
+def memory_plan(run: Run) -> dict[str, int]:
+    """Bytes by purpose, an estimate from shapes: what a step holds, and what rollout and update need beside it."""
+    training, model = run.config.training, run.model
+    config = model.config.get_text_config()
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in parameters)
+    state_bytes = 8 + 4 * any(parameter.dtype != torch.float32 for parameter in trained)  # moments and fp32 masters
+    if training.memory_efficient_adamw:
+        state_bytes = 2 * training.state_bits / 8 + (training.master_bits - 16) / 8
+    prompt, completion = training.max_prompt_len, training.max_gen_len
+    group = training.batch_size // training.num_questions_per_batch
+    tokens = (
+        training.max_tokens_per_microbatch
+        or training.micro_batch_size * completion + math.ceil(training.micro_batch_size / group) * prompt
+    )
+    vocabulary = config.vocab_size
+    wide = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
+    # what autograd keeps of a layer: its input, norms, projections and their products
+    kept = (12 * config.hidden_size + 4 * wide) * model.dtype.itemsize
+    layers = config.num_hidden_layers
+    activations = tokens * (
+        layers * config.hidden_size * model.dtype.itemsize + kept
+        if run.config.model.gradient_checkpointing
+        else layers * kept
+    )
+    logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
+    slots = min(training.inference_batch_size, training.batch_size)
+    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
+    cache = slots * completion * per_token + 2 * math.ceil(slots / group) * prompt * per_token + 8 * slots * vocabulary
+    return {
+        "weights": weights,
+        "reference": 0 if is_lora(run.config) or run.anchor is None else weights,
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes),
+        "rollout": int(cache),
+        "update": int(activations + logits),
+    }
+
+
+def peak_of(plan: dict[str, int]) -> int:
+    """The largest sum that is alive at once: the rollout has no gradients, the update no key-value cache."""
+    held = plan["weights"] + plan["reference"] + plan["optimizer"]
+    return held + max(plan["rollout"], plan["gradients"] + plan["update"])

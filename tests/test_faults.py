@@ -1,0 +1,162 @@
+"""What goes wrong in the middle of a run, in memory, gradients or by signals: nothing is lost by it."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import train_grpo
+from src.checkpoint import newest_checkpoint
+from src.config import ConfigError, RunError, load_config
+from src.stop import StopSignal
+from src.train_grpo import prepare, questions_of_step, run_training, sample, update
+
+CONFIG = Path(__file__).parent.parent / "configs" / "configs_tiny" / "config_kl_beta0.04_tiny.yaml"
+SMALL = [
+    "training.batch_size=16", "training.num_questions_per_batch=4", "training.max_gen_len=24", "data.eval_size=4",
+    "data.train_size=16", "data.eval_samples=1", "training.max_steps=3", "training.eval_interval=0",
+]  # fmt: skip
+
+
+def config_with(*overrides: str):
+    return load_config(CONFIG, [*SMALL, *overrides])
+
+
+def weights_of(folder: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "final" / "model.safetensors")
+
+
+@pytest.fixture
+def memory_for(monkeypatch):
+    """Scoring more tokens than given runs out of memory; returns the sizes of the batches that were tried."""
+    tried, real = [], train_grpo.score
+
+    def limit(tokens: int, error=torch.OutOfMemoryError) -> list[int]:
+        def score(model, batch, *rest):
+            tried.append(batch.input_ids.shape[1])
+            if tried[-1] > tokens:
+                raise error("CUDA out of memory. Tried to allocate 20.00 MiB\nmore lines")
+            return real(model, batch, *rest)
+
+        monkeypatch.setattr(train_grpo, "score", score)
+        return tried
+
+    return limit
+
+
+@pytest.mark.parametrize("size", ["micro_batch_size=16", "max_tokens_per_microbatch=10000"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_an_update_that_runs_out_of_memory_is_done_again_in_smaller_parts(memory_for, size, error):
+    gradients = []
+    for limited in (False, True):
+        run = prepare(config_with(f"training.{size}", "training.entropy_coef=0.1"), "countdown")
+        groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
+        run.optimizer = torch.optim.SGD(run.model.parameters(), 1.0)
+        run.config.training.learning_rate = 1.0
+        before = [parameter.detach().clone() for parameter in run.model.parameters()]
+        tried = memory_for(60, error) if limited else []
+        metrics = update(run, groups, step=1)
+        moved = [b - a.detach() for b, a in zip(before, run.model.parameters(), strict=True)]
+        gradients.append((moved, metrics))
+    assert tried[0] > 60 and max(tried[-2:]) <= 60, "it was too much at first and then fitted"
+    for whole, parts in zip(gradients[0][0], gradients[1][0], strict=True):
+        torch.testing.assert_close(whole, parts, atol=2e-6, rtol=1e-4)
+    for name, value in gradients[0][1].items():
+        assert gradients[1][1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_memory_that_does_not_suffice_for_one_completion_is_an_error_that_says_so(memory_for):
+    run = prepare(config_with(), "countdown")
+    groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
+    tried = memory_for(0)
+    with pytest.raises(ConfigError, match=r"a single completion .CUDA out of memory.*lower training.max_gen_len"):
+        update(run, groups, step=1)
+    assert len(tried) <= 6, "halved each time"
+
+
+def test_another_error_in_the_update_is_not_taken_for_memory(memory_for, monkeypatch):
+    def score(*arguments):
+        raise RuntimeError("shapes do not match")
+
+    run = prepare(config_with(), "countdown")
+    groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
+    monkeypatch.setattr(train_grpo, "score", score)
+    with pytest.raises(RuntimeError, match=r"shapes"):
+        update(run, groups, step=1)
+
+
+def poison(monkeypatch, steps: set[int]) -> None:
+    """The loss of these steps is not a number."""
+    real, step_of_update = train_grpo.loss_of_microbatch, {}
+    real_update = train_grpo.update
+
+    def remembering(run, groups, step):
+        step_of_update["now"] = step
+        return real_update(run, groups, step)
+
+    def loss(*arguments):
+        value, *rest = real(*arguments)
+        return (value * float("nan") if step_of_update["now"] in steps else value, *rest)
+
+    monkeypatch.setattr(train_grpo, "update", remembering)
+    monkeypatch.setattr(train_grpo, "loss_of_microbatch", loss)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_counted_and_kept_to_look_at(tmp_path, monkeypatch):
+    poison(monkeypatch, {2})
+    run_training(config_with("training.minibatches=1"), "countdown", tmp_path)
+    folder = next((tmp_path / "runs").iterdir())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("train/skipped_updates") for row in rows] == [None, 0, 1, 0]
+    (kept,) = (folder / "bad_steps").iterdir()
+    episodes = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert kept.name == "step_000002.jsonl" and len(episodes) == 16
+    assert all(e["text"] is not None and len(e["token_ids"]) == len(e["logprobs"]) for e in episodes)
+    assert all(tensor.isfinite().all() for tensor in weights_of(folder).values())
+
+
+def test_bad_steps_in_a_row_stop_the_run_with_a_good_checkpoint(tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 3, 4, 5})
+    config = config_with("training.max_steps=6", "training.max_bad_steps=3")
+    with pytest.raises(RunError, match=r"3 steps in a row had no finite gradient.*saved as step 4.*learning_rate"):
+        run_training(config, "countdown", tmp_path)
+    monkeypatch.undo()
+    folder = next((tmp_path / "runs").iterdir())
+    assert newest_checkpoint(folder / "checkpoints").name == "step_000004"
+    run_training(config, "countdown", tmp_path)  # and goes on from it
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(7))
+    assert all(tensor.isfinite().all() for tensor in weights_of(folder).values())
+
+
+@pytest.mark.parametrize(("where", "call"), [("rollout", 9), ("update", 4)])  # each in the middle of step 2 or 3
+def test_a_signal_leaves_the_step_in_progress_and_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, where, call):
+    config = config_with(
+        "training.ckpt_save_interval=0", "training.minibatches=1", "training.max_tokens_per_microbatch=150"
+    )
+    run_training(config, "countdown", tmp_path / "whole")
+    calls, real = {"rollout": 0, "update": 0}, StopSignal.check
+
+    def check(self):
+        import sys
+
+        place = "update" if sys._getframe(1).f_code.co_name == "backward" else "rollout"
+        calls[place] += sys._getframe(1).f_code.co_name in ("backward", "run")
+        if calls[where] == call:
+            signal.raise_signal(signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(StopSignal, "check", check)
+    with pytest.raises(SystemExit) as stop:
+        run_training(config, "countdown", tmp_path / "cut")
+    assert stop.value.code == 128 + signal.SIGINT
+    monkeypatch.undo()
+    saved = newest_checkpoint(next((tmp_path / "cut" / "runs").iterdir()) / "checkpoints")
+    assert saved is not None and saved.name in ("step_000001", "step_000002")
+    run_training(config, "countdown", tmp_path / "cut")
+    whole, cut = (weights_of(next((tmp_path / name / "runs").iterdir())) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
