@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -199,6 +201,13 @@ class Telemetry:
         self.metrics_file.close()
         if self.events is not None:
             self.events.file.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes in use so far: by torch on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Means:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import random
-import resource
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -31,7 +30,8 @@ from src.evaluate import accuracy_line, completions_table, ranking_metrics, summ
 from src.grading import last_answer
 from src.hub import push_final
 from src.maxent import seed_grpo_scale, semantic_entropy
-from src.packing import Episode, Group, pack, split_into_microbatches
+from src.offline import given_groups
+from src.packing import Group, pack, split_into_microbatches
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
 from src.prepare import Run, describe, is_lora, prepare
 from src.rl_datasets import Problem
@@ -39,7 +39,7 @@ from src.sampler import SamplingSettings, rollout
 from src.scoring import score
 from src.stop import Stopped, StopSignal
 from src.storage import RunLock, set_aside, write_file
-from src.telemetry import Means, Telemetry, configure_logging
+from src.telemetry import Means, Telemetry, configure_logging, peak_memory
 from src.token_choice import episode_key
 
 logger = logging.getLogger("grpo")
@@ -84,33 +84,6 @@ def sample(
     )
     groups = rollout(run.model, run.tokenizer, problems, samples, settings, check_stop)
     return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
-
-
-def given_groups(run: Run, problems: list[Problem]) -> list[Group]:
-    """The completions and scores of a file in place of sampled ones; one that is too long is left out."""
-    training = run.config.training
-    limit = training.max_seq_length or training.max_prompt_len + training.max_gen_len
-    end = run.tokenizer.eos_token_id if run.tokenizer.eos_token_id is not None else run.eos_ids[0]
-    groups, left_out = [], 0
-    for problem in problems:
-        given = problem.reference["completions"]
-        room = min(training.max_gen_len, limit - len(problem.prompt_ids))
-        rows = run.tokenizer([item["text"] for item in given], add_special_tokens=False).input_ids
-        best = max(item["score"] for item in given)
-        episodes = [
-            Episode((*row, end), (0.0,) * (len(row) + 1), True, item["text"], float(item["score"]),
-                    {"reward": float(item["score"]), "answer": float(item["score"] == best)})
-            for row, item in zip(rows, given, strict=True)
-            if len(row) < room
-        ]  # fmt: skip
-        left_out += len(given) - len(episodes)
-        if episodes:
-            groups.append(Group(problem, tuple(episodes)))
-    if not groups:
-        raise ConfigError("every completion of this step is longer than max_gen_len or max_seq_length; raise them")
-    if left_out:
-        logger.warning(f"{left_out} completions are longer than max_gen_len or max_seq_length: left out")
-    return groups
 
 
 def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]:
@@ -420,13 +393,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
         "rollout/tokens_per_second": tokens / seconds["time/rollout"],
         "update/tokens_per_second": tokens / seconds["time/update"],
     }
-    on_gpu = run.model.device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated(run.model.device)
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    metrics["memory/peak_gib"] = peak / 2**30
+    metrics["memory/peak_gib"] = peak_memory(run.model.device) / 2**30
     return metrics | seconds, groups
 
 
