@@ -160,3 +160,13 @@ def test_a_signal_leaves_the_step_in_progress_and_the_run_goes_on_bit_for_bit(tm
     run_training(config, "countdown", tmp_path / "cut")
     whole, cut = (weights_of(next((tmp_path / name / "runs").iterdir())) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_the_same_config_and_seed_twice_give_the_same_weights_and_another_seed_others(tmp_path):
+    overrides = {"first": [], "second": [], "other": ["training.random_seed=5"]}
+    for name, more in overrides.items():
+        torch.manual_seed(len(name))  # whatever ran before in this process
+        run_training(config_with(*more), "countdown", tmp_path / name)
+    first, second, other = (weights_of(next((tmp_path / name / "runs").iterdir())) for name in overrides)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
