@@ -29,8 +29,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         dest="overrides",
         help="override a config key, for example training.learning_rate=1e-5; repeatable",
     )
-    parser.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
     instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
     instead.add_argument("--eval_only", action="store_true", help="evaluate the model and write a report; no training")
     instead.add_argument("--check", action="store_true", help="load config, data and model, say what will fit, stop")
     return parser.parse_args(arguments)

@@ -256,13 +256,17 @@ def check_same_experiment(folder: Path, config: Config) -> None:
         sections = {section: dict(old.get(section) or {}) for section in new if section != "hub"}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder}/config.yaml cannot be read; restore it, or use --fresh to start over") from error
-    free = {"eval_interval", "ckpt_save_interval", "keep_checkpoints", "device", "gradient_checkpointing"}
+    free = {"eval_interval", "ckpt_save_interval", "keep_checkpoints", "max_bad_steps", "max_retry_rounds", "device",
+            "gradient_checkpointing", "micro_batch_size", "max_tokens_per_microbatch", "inference_batch_size",
+            "on_reward_error", "reward_timeout"}  # fmt: skip
     if config.training.lr_schedule == "constant":  # a decaying rate would jump if the end moved
         free |= {"max_steps", "num_epochs"}
     for section, known in sections.items():
         for name in sorted(set(new[section]) & set(known)):  # a key of a later version has its default
             before, now = known[name], new[section][name]
-            if before != now and name not in free:
+            if before != now and name in ("learning_rate", "max_gen_len"):  # what advice in mid-run names
+                logger.warning(f"{section}.{name} was {before} so far and is {now} from here on")
+            elif before != now and name not in free:
                 raise ConfigError(
                     f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
                     f"use --fresh to start over, or another config file name"

@@ -78,8 +78,8 @@ class DataConfig:
     eval_split: str = key("test", "Held-out split to evaluate on; choose settings on `validation`, where there is one.")
     eval_size: int | None = key(
         None,
-        "Problems of the fixed evaluation set. Empty: 256 where problems are generated, else a tenth of the split, at "
-        "least 1 and at most 1,000; they are drawn by data.seed.",
+        "Problems of the fixed evaluation set, drawn by data.seed. Empty: 256 where problems are generated, else a "
+        "tenth of the split (all of it where it was cut from a file without splits), at least 1 and at most 1,000.",
         minimum=1,
     )
     math_levels: list[int] | None = key(None, "math: train on these levels only; empty: all.", minimum=1, maximum=5)

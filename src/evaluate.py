@@ -6,7 +6,6 @@ Everything here is a function of graded completions; src/train_grpo.py samples a
 import json
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -15,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from src.config import ConfigError
 from src.grading import final_answer
 from src.packing import Episode, Group
 from src.rewards import Fault, guarded
+from src.storage import write_file
 from src.telemetry import markdown_table
 
 logger = logging.getLogger("grpo")
@@ -104,6 +105,9 @@ def summarize(
         metrics[f"eval/majority@{samples}"] = majority_at_k(sampled_groups, task, problems_count)
     episodes = [episode for group in sampled_groups for episode in group.episodes]
     parts = dict.fromkeys(part for episode in episodes for part in episode.reward_parts)
+    for part in parts.keys() - {"reward", "answer"}:
+        if f"eval/{part}" in metrics:
+            raise ConfigError(f"the reward has a part {part}, which is the name of a metric; rename it")
     for part in parts:
         if part not in ("reward", "answer"):
             metrics[f"eval/{part}"] = mean([episode.reward_parts[part] for episode in episodes])
@@ -199,17 +203,9 @@ def completion_lines(kind: str, groups: list[Group]) -> Iterable[str]:
                 "finished": episode.finished,
                 "tokens": len(episode.token_ids),
             }
+            if episode.old_logprobs:  # the offline task has no sampler, but log-probs of what it was given
+                row |= {"kind": "given", "mean_logprob": mean(list(episode.old_logprobs))}
             yield json.dumps(row) + "\n"
-
-
-def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write a file beside its place and rename it: it is never there in part."""
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_report(
@@ -219,7 +215,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*completion_lines("greedy", greedy_groups), *completion_lines("sampled", sampled_groups)]
-    write_whole(folder / "completions.jsonl", lines)
+    write_file(folder / "completions.jsonl", "".join(lines))
     numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
     report = {"about": {"date": datetime.now(UTC).isoformat(timespec="seconds")} | about, "metrics": numbers}
-    write_whole(folder / "report.json", [json.dumps(report, indent=2, default=str) + "\n"])
+    write_file(folder / "report.json", json.dumps(report, indent=2, default=str) + "\n")

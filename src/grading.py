@@ -66,13 +66,18 @@ NUMBER_OR_WORD = re.compile(
 )
 # beside a number these change its value; other words are units
 VALUE_WORDS = re.compile(
-    "minus|negative|squared|cubed|twice|double|half|sqrt|pi|dozens?|(?:hundred|thousand|million|billion|trillion)s?",
+    "minus|negative|squared|cubed|twice|thrice|double|triple|half|root|sqrt|pi|dozens?|tens|plus|times|divided"
+    "|or|not|never|except|less|than|log|ln|exp|sin|cos|tan|factorial|opposite|inverse|reciprocal"
+    "|crores?|lakhs?|percentage|zero|one|two|three|four|five|six|seven|eight|nine|eleven|twelve"
+    "|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    "|hal(?:f|ves)|thirds?|fifths?|(?:six|seven|eigh|nin|hundred|thousand)ths?"
+    "|(?:hundred|thousand|million|billion|trillion)s?|(?:ten|hundred|thousand|million|billion|trillion)ths?",
     re.IGNORECASE,
 )
 VALUE_LETTERS = frozenset("kKMBeExXyni")
 
 # what math-verify would read in the writer's favour: `1 2 3` as 6, `5 \text{ or 6}` as 5
-UNCLEAR_MATH = re.compile(rf"(?<!_)[0-9] [0-9]|{TEXT_COMMAND}[^{{}}]*[0-9]|boxed|fbox|answer|\\\Z", re.IGNORECASE)
+UNCLEAR_MATH = re.compile(rf"(?<!_)[0-9][ '\"][0-9]|{TEXT_COMMAND}[^{{}}]*[0-9]|boxed|fbox|answer|\\\Z", re.IGNORECASE)
 NUMBER_BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?\Z")
 
 
@@ -216,8 +221,8 @@ def simple_fractions(text: str) -> str:
 
 
 def has_foreign_digits(text: str) -> bool:
-    """Digits beyond 0-9: full-width, Arabic, superscript, one half. They are never read as a number."""
-    return any(character > "\x7f" and unicodedata.category(character)[0] == "N" for character in text)
+    """Digits beyond 0-9: full-width, Arabic, superscript, one half, ten thousand. They are never read as a number."""
+    return any(character > "\x7f" and unicodedata.numeric(character, None) is not None for character in text)
 
 
 def value_of(match: re.Match) -> Fraction | None:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -12,6 +12,8 @@ from src.config import Config, ConfigError
 from src.packing import ATTENTION_NAME
 
 logger = logging.getLogger("grpo")
+# what some repositories hold beside the safetensors: the same weights again, larger
+OTHER_FORMATS = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "original/*"]
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -37,9 +39,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_model_path(path: str) -> str:
-    """A local folder, as given or beside main.py; else a name the hub knows, or that is in its local cache."""
-    for candidate in (Path(path).expanduser(), PROJECT_FOLDER / path):
+    """A local folder, as given, beside main.py or in models/; else a name the hub knows, loaded into models/ once."""
+    for candidate in (Path(path).expanduser(), PROJECT_FOLDER / path, PROJECT_FOLDER / "models" / path):
         if candidate.is_dir():
+            if (candidate / "adapter_config.json").is_file():
+                raise ConfigError(
+                    f"model.pretrained_model_path: {path} is a LoRA adapter; set lora.path to it and "
+                    f"model.pretrained_model_path to its base"
+                )
             if not (candidate / "config.json").is_file():
                 raise ConfigError(
                     f"model.pretrained_model_path: {path} has no config.json, so it is not a model in "
@@ -50,11 +57,22 @@ def resolve_model_path(path: str) -> str:
     if not is_hub_id:
         raise ConfigError(f"model.pretrained_model_path: there is no folder {path}; give a folder or a hub id")
     try:
-        if try_to_load_from_cache(path, "config.json") is None:
-            HfApi().model_info(path, timeout=10)  # asks once, where from_pretrained goes on asking for half a minute
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):  # other tools have it already
+            return path
+        HfApi().model_info(path, timeout=10)  # asks once, where a download goes on asking for half a minute
+        return download(path)
     except Exception as error:
         raise cannot_load(path, error) from error
-    return path
+
+
+def download(path: str) -> str:
+    """A model of the hub into models/<name>. An interrupted download goes on beside it, and is not taken for whole."""
+    final = PROJECT_FOLDER / "models" / path
+    partial = final.with_name(final.name + ".partial")
+    logger.info(f"downloading {path} to {final}")
+    snapshot_download(path, local_dir=partial, ignore_patterns=OTHER_FORMATS)
+    partial.rename(final)
+    return str(final)
 
 
 def cannot_load(path: str, error: Exception) -> ConfigError:

@@ -14,8 +14,9 @@ from src.config import Config, ConfigError, TrainingConfig
 from src.hub import check_hub, check_hub_keys
 from src.maxent import Controllers, ControllerSettings
 from src.models import end_token_ids, load_model, load_tokenizer, resolve_device
+from src.offline import given_groups
 from src.optim import build_optimizer
-from src.packing import check_attention
+from src.packing import Episode, Group, check_attention
 from src.rewards import Rewards
 from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
 from src.sampler import cache_shape, free_memory
@@ -40,6 +41,7 @@ class Run:
     controllers: Controllers  # the live values of tau and beta
     max_steps: int
     eos_ids: tuple[int, ...]
+    mid_update: bool = False  # between two optimizer steps of one rollout
     check_stop: Callable[[], None] = lambda: None  # leaves the step in progress when the user wants to stop
 
 
@@ -101,6 +103,34 @@ def check_task(config: Config, task) -> None:
         raise ConfigError(f"{config.source}: data.reward_functions does nothing where the file has the scores; remove")
 
 
+def check_enough(config: Config, train_problems: list[Problem] | None) -> None:
+    """A step must not hold a problem twice."""
+    questions = config.training.num_questions_per_batch
+    if train_problems is not None and len(train_problems) < questions:
+        raise ConfigError(
+            f"{config.source}: training.num_questions_per_batch ({questions}) is more than there are training problems "
+            f"({len(train_problems)}); lower it"
+        )
+
+
+def with_two_completions(config: Config, problems: list[Problem], tokenizer, eos_ids, split: str) -> list[Problem]:
+    """The problems of a file of scores of which at least two completions fit: one alone teaches nothing."""
+    groups = given_groups(problems, tokenizer, eos_ids, config.training)
+    long = sum(len(g.problem.reference["completions"]) - len(g.episodes) for g in groups)
+    kept = [group.problem for group in groups if len(group.episodes) > 1]
+    if long:
+        logger.warning(
+            f"{long} {split} completions are longer than max_gen_len or max_seq_length, and with them "
+            f"{len(problems) - len(kept)} of {len(problems)} prompts: left out"
+        )
+    if problems and not kept:
+        raise ConfigError(
+            f"{config.source}: no {split} prompt has two completions that fit training.max_gen_len and max_seq_length; "
+            f"raise them"
+        )
+    return kept
+
+
 def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run:
     """Load data and model; ConfigError for whatever is wrong with them."""
     training = config.training
@@ -116,17 +146,20 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     split = config.data.eval_split
     eval_problems = fitting_problems(config, task, load_eval_rows(task), tokenizer, split)
     rewards.check_columns([problem.reference for problem in train_problems + eval_problems])
-    if for_training and len(train_problems) < training.num_questions_per_batch:
-        raise ConfigError(
-            f"{config.source}: training.num_questions_per_batch ({training.num_questions_per_batch}) is more than "
-            f"there are training problems ({len(train_problems)}); lower it"
-        )
+    if not getattr(task, "offline", False):  # what is wrong with a reward itself shows with any completion
+        rewards.grade([Group(eval_problems[0], (Episode((), (), False, "no answer"),))])
+    check_enough(config, train_problems if for_training else None)
     warn_of_idle_penalty(training)
     model = load_model(config, device)
     if is_lora(config):
         from src.lora import FrozenBase, add_adapter  # here, because only a LoRA run needs peft
 
         model = add_adapter(model, config.lora, training.random_seed)
+    eos_ids = end_token_ids(model, tokenizer)
+    if getattr(task, "offline", False):
+        train_problems = with_two_completions(config, train_problems, tokenizer, eos_ids, "train")
+        eval_problems = with_two_completions(config, eval_problems, tokenizer, eos_ids, split)
+        check_enough(config, train_problems if for_training else None)
     check_attention(model, training.max_prompt_len + training.max_gen_len)
     anchor = optimizer = None
     if for_training:
@@ -145,7 +178,7 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     per_epoch = len(train_problems) // training.num_questions_per_batch
     max_steps = training.max_steps or per_epoch * training.num_epochs
     return Run(config, task, rewards, tokenizer, train_problems, eval_problems, model, anchor, optimizer,
-               build_controllers(training), max_steps, end_token_ids(model, tokenizer))  # fmt: skip
+               build_controllers(training), max_steps, eos_ids)  # fmt: skip
 
 
 def describe(run: Run, dataset_name: str) -> None:

@@ -106,6 +106,7 @@ class Task:
             rows = keep_tenth(rows, self.columns.get("prompt_column", (None,))[0], held_out)
         if not rows:
             raise ConfigError(f"{source}: there are no rows for split {split}; name another split or another source")
+        self.divided_here = bool(undivided and shared)
         return rows
 
     def checked(self, place: str, row: dict, own_names: bool) -> dict:
@@ -485,7 +486,8 @@ def load_eval_rows(task) -> list[dict]:
     if getattr(task, "eval_is_generated", False):
         return rows
     random.Random(f"evaluation {task.data.seed}").shuffle(rows)
-    return rows[: task.data.eval_size or max(1, min(MAX_EVAL_SIZE, len(rows) // 10))]
+    share = 1 if getattr(task, "divided_here", False) else 10  # not a tenth of a tenth
+    return rows[: task.data.eval_size or max(1, min(MAX_EVAL_SIZE, len(rows) // share))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,11 @@ def configure_logging(log_file: Path | None = None) -> None:
         logger.removeHandler(handler)
         handler.close()
     if log_file is not None:
-        handler = logging.FileHandler(log_file, encoding="utf-8")
+        try:
+            handler = logging.FileHandler(log_file, encoding="utf-8")
+        except OSError as error:
+            logger.warning(f"{log_file} cannot be written ({error.strerror}); the log is only on the terminal")
+            return
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 

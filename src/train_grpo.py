@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -192,6 +193,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = rate
     means, sums, skipped = Means(), defaultdict(float), 0
+    run.mid_update = True  # the weights are of no step, but for Stopped, which only comes before the first change
     for index in range(updates):
         weighted = add_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
         # a group without variance then has no gradient: it is computed only where the whole step is to be measured
@@ -217,7 +219,9 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
             logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
         run.optimizer.zero_grad(set_to_none=True)
     metrics = means.result() | dict(sums) | {"train/learning_rate": rate, "train/skipped_updates": skipped}
-    return metrics | steer(run, metrics, step)
+    metrics |= steer(run, metrics, step)
+    run.mid_update = False
+    return metrics
 
 
 def dropout_of_update(run: Run, step: int, index: int):
@@ -232,28 +236,36 @@ def dropout_of_update(run: Run, step: int, index: int):
 def backward(
     run: Run, groups: list[Group], training: TrainingConfig, on_policy: bool, use_anchor: bool, stoppable: bool
 ) -> list[list[dict[str, Tensor]]]:
-    """Gradient of one optimizer step, micro-batch by micro-batch; again in smaller ones when memory runs out.
+    """Gradient of one optimizer step, micro-batch by micro-batch. Returns what loss_of_microbatch measured.
 
-    Returns what loss_of_microbatch measured. Until the first optimizer step of a rollout it is `stoppable`.
+    Until the first optimizer step of a rollout it is `stoppable`.
     """
-    while True:
+
+    def compute() -> list[list[dict[str, Tensor]]]:
         results = []
+        run.optimizer.zero_grad(set_to_none=True)
+        for batch in microbatches(run, groups):
+            if stoppable:
+                run.check_stop()
+            loss, *measured_and_parts = loss_of_microbatch(run, batch, training, on_policy, use_anchor)
+            loss.backward()
+            results.append([{name: value.detach() for name, value in d.items()} for d in measured_and_parts])
+        return results
+
+    return in_parts_that_fit(run, groups, compute)
+
+
+def in_parts_that_fit(run: Run, groups: list[Group], compute: Callable[[], list]) -> list:
+    """compute() over the micro-batches of these groups; again in smaller ones when memory runs out."""
+    while True:
         try:
-            for batch in microbatches(run, groups):
-                if stoppable:
-                    run.check_stop()
-                loss, *measured_and_parts = loss_of_microbatch(run, batch, training, on_policy, use_anchor)
-                loss.backward()
-                results.append([{name: value.detach() for name, value in d.items()} for d in measured_and_parts])
-            return results
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            # on a CPU torch raises a plain RuntimeError
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
+            return compute()
+        except (RuntimeError, MemoryError) as error:
             reason = (str(error) or "MemoryError").splitlines()[0]
-        except Stopped:
-            run.optimizer.zero_grad(set_to_none=True)
-            raise
+            # on a CPU torch raises a plain RuntimeError
+            words = ("out of memory", "allocate memory", "enough memory")
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in reason for w in words):
+                raise
         # outside of the handler, whose traceback would keep the activations alive
         run.optimizer.zero_grad(set_to_none=True)
         shrink_microbatches(run, groups, reason)
@@ -309,11 +321,15 @@ def evaluates_at(run: Run, step: int) -> bool:
 @torch.no_grad()
 def add_old_logprobs(run: Run, groups: list[Group]) -> list[Group]:
     """The trainer's own log-probs of every episode before the first of several updates."""
-    episodes = []
-    for batch in microbatches(run, groups):
-        logprobs = score(run.model, batch, run.config.training.temperature).logprobs
-        episodes += [tuple(part.tolist()) for part in logprobs.split(batch.lengths.tolist())]
-    rows = iter(episodes)
+
+    def compute() -> list[tuple[float, ...]]:
+        episodes = []
+        for batch in microbatches(run, groups):
+            logprobs = score(run.model, batch, run.config.training.temperature).logprobs
+            episodes += [tuple(part.tolist()) for part in logprobs.split(batch.lengths.tolist())]
+        return episodes
+
+    rows = iter(in_parts_that_fit(run, groups, compute))
     return [replace(g, episodes=tuple(replace(e, old_logprobs=next(rows)) for e in g.episodes)) for g in groups]
 
 
@@ -331,29 +347,34 @@ def learning_rate_at(step: int, max_steps: int, training: TrainingConfig) -> flo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, report: Path | None = None) -> dict[str, float]:
+def evaluate(run: Run, report: Path | None = None, dataset: str = "") -> dict[str, float]:
     """Accuracy on the fixed held-out problems, with random numbers of their own; see summarize in src/evaluate.py."""
     if is_offline(run):
-        return evaluate_ranking(run)
+        return evaluate_ranking(run, report, dataset)
     data, samples = run.config.data, run.config.data.eval_samples
     temperature = data.eval_temperature or run.config.training.temperature
     truncation = {"top_k": data.eval_top_k, "top_p": data.eval_top_p, "min_p": data.eval_min_p}
-    greedy = sample(run, run.eval_problems, 1, 0.0, stream=-1)
-    sampled = sample(run, run.eval_problems, samples, temperature, stream=-1, **truncation)
+    greedy = sample(run, run.eval_problems, 1, 0.0, -1, run.check_stop)
+    sampled = sample(run, run.eval_problems, samples, temperature, -1, run.check_stop, **truncation)
     metrics = summarize(len(run.eval_problems), greedy, sampled, samples, run.task)
     if report is not None:
         sampling = {"temperature": temperature, "samples": samples, "max_gen_len": run.config.training.max_gen_len}
-        about = {"config": asdict(run.config), "split": data.eval_split, "sampling": sampling | truncation}
+        about = {"dataset": dataset, "split": data.eval_split, "sampling": sampling | truncation}
+        about["config"] = asdict(run.config)
         write_report(report, about, metrics, greedy, sampled)
     return metrics
 
 
-def evaluate_ranking(run: Run) -> dict[str, float]:
+def evaluate_ranking(run: Run, report: Path | None, dataset: str) -> dict[str, float]:
     """Offline: does the policy prefer the completions of the held-out groups that have the better scores?"""
-    groups = add_old_logprobs(run, given_groups(run, run.eval_problems))
+    groups = add_old_logprobs(run, given_groups(run.eval_problems, run.tokenizer, run.eos_ids, run.config.training))
     scores = [[e.reward for e in group.episodes] for group in groups]
     means = [[sum(e.old_logprobs) / len(e.old_logprobs) for e in group.episodes] for group in groups]
-    return ranking_metrics(scores, means)
+    metrics = ranking_metrics(scores, means)
+    if report is not None:
+        about = {"dataset": dataset, "split": run.config.data.eval_split, "config": asdict(run.config)}
+        write_report(report, about, metrics, [], groups)
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +392,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     questions = questions_of_step(run, step)
     group_size = training.batch_size // training.num_questions_per_batch
     if is_offline(run):
-        groups = given_groups(run, questions)
+        groups = given_groups(questions, run.tokenizer, run.eos_ids, training)
     else:
         groups = sample(run, questions, group_size, training.temperature, step, run.check_stop)
     groups = add_advantages(groups, training)
@@ -413,6 +434,7 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
         state = load_checkpoint(newest, run.model, run.optimizer, run.controllers, trust) if newest else None
         if state and state["step"] >= run.max_steps and finished_step(folder / "final") == state["step"]:
             logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
+            push(run, folder, state["first_evaluation"], state["last_evaluation"])
             return state["last_evaluation"]
         if state is None:  # nothing here draws from these, but a reward function of the user's may
             seed_everything(config.training.random_seed)
@@ -447,39 +469,44 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
         logger.info(f"going on after step {state['step']}")
         if "anchor" in state:
             run.anchor.load_state_dict(state["anchor"])
-        first, last, best = state["first_evaluation"], state["last_evaluation"], state["best_evaluation"]
+        first, last = state["first_evaluation"], state["last_evaluation"]
     else:
         first = last = evaluate(run)
-        best = headline(first)
         logger.info(f"before training: {accuracy_line(first)}")
         telemetry.write_step(0, first)
-    done = saved = state["step"] if state else 0
-    bad, metrics = state["bad_steps"] if state else 0, last
+        state = {"step": 0, "bad_steps": 0, "unwritten": None}
+    done = saved = state["step"]
+    # metrics of a step that was taken, and saved, but not yet evaluated and written
+    bad, unwritten, groups = state["bad_steps"], state["unwritten"], []
+    metrics = last
 
     def save() -> None:
-        extra = {"first_evaluation": first, "last_evaluation": last, "best_evaluation": best, "bad_steps": bad}
+        extra = {"first_evaluation": first, "last_evaluation": last, "bad_steps": bad, "unwritten": unwritten}
         if training.reference_sync_steps:
             extra["anchor"] = run.anchor.state_dict()
+        evaluated = unwritten is None and evaluates_at(run, done)
         save_checkpoint(folder / "checkpoints", done, run.model, run.tokenizer, run.optimizer, run.controllers, extra,
-                        training.keep_checkpoints, headline(last) if evaluates_at(run, done) else None)  # fmt: skip
+                        training.keep_checkpoints, headline(last) if evaluated else None)  # fmt: skip
 
-    while done < run.max_steps:
+    while done < run.max_steps or unwritten is not None:
         try:
             run.check_stop()
-            metrics, groups = train_step(run, done + 1)
-        except Stopped:
-            if done > saved:
+            if unwritten is None:
+                unwritten, groups = train_step(run, done + 1)
+                done += 1
+            looks = evaluates_at(run, done)
+            if looks:
+                started = time.perf_counter()
+                last = evaluate(run)
+                unwritten |= last | {"time/evaluate": time.perf_counter() - started}
+        except (Stopped, RunError, ConfigError) as error:
+            if done > saved and (isinstance(error, Stopped) or not run.mid_update):
                 save()
-            logger.info(f"stopped; the first {done} steps are saved, the same command goes on from there")
+                saved = done
+            logger.info(f"stopped; the first {saved} steps are saved, the same command goes on from there")
             raise
-        done += 1
-        at_end, looks = done == run.max_steps, evaluates_at(run, done)
-        if looks:
-            started = time.perf_counter()
-            last = evaluate(run)
-            best = max(best, headline(last))
-            metrics |= last | {"time/evaluate": time.perf_counter() - started}
-        if looks or done == 1:
+        metrics, unwritten = unwritten, None
+        if groups and (looks or done == 1):
             telemetry.write_text("completions", completions_table(groups), done)
             telemetry.write_histogram(
                 "rollout/lengths", torch.tensor([len(e.token_ids) for g in groups for e in g.episodes]), done
@@ -490,14 +517,14 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
         bad = bad + 1 if metrics["train/skipped_updates"] else 0
         if bad:
             keep_bad_batch(folder / "bad_steps", done, groups)
-        if at_end or bad >= training.max_bad_steps or due(done, training.ckpt_save_interval):
+        if done == run.max_steps or bad >= training.max_bad_steps or due(done, training.ckpt_save_interval):
             save()
             saved = done
-        if bad >= training.max_bad_steps and not at_end:
+        if bad >= training.max_bad_steps and done < run.max_steps:
             raise RunError(
                 f"{bad} steps in a row had no finite gradient; what they were computed on is in "
-                f"{folder / 'bad_steps'}; the weights are those from before them, saved as "
-                f"step {done}; lower training.learning_rate, or set model.dtype: float32"
+                f"{folder / 'bad_steps'}; the weights are those from before them, saved as step {done}; go on with a "
+                f"lower training.learning_rate, or start over with model.dtype: float32"
             )
     finish(run, folder, telemetry, done, first, last, metrics)
     return last
@@ -515,12 +542,17 @@ def headline(metrics: dict[str, float]) -> float:
 
 def keep_bad_batch(folder: Path, step: int, groups: list[Group]) -> None:
     """What a step without a finite gradient was computed on, to look at."""
-    folder.mkdir(exist_ok=True)
-    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-        for group in groups:
-            for episode in group.episodes:
-                row = asdict(episode) | {"prompt": group.problem.prompt_text, "prompt_ids": group.problem.prompt_ids}
-                file.write(json.dumps(row, default=str) + "\n")
+    rows = [
+        asdict(episode) | {"prompt": group.problem.prompt_text, "prompt_ids": group.problem.prompt_ids}
+        for group in groups
+        for episode in group.episodes
+    ]
+    try:
+        folder.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+        (folder / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+    except OSError as error:  # only for looking at
+        logger.warning(f"the batch of step {step} could not be written to {folder} ({error.strerror})")
 
 
 def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict, last: dict, metrics: dict) -> None:
@@ -536,29 +568,43 @@ def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict,
     logger.info(f"before training: {accuracy_line(first)}")
     logger.info(f"after training:  {accuracy_line(last)}")
     logger.info(f"model in {final}; curves: tensorboard --logdir {folder.parent}")
-    if config.hub.push_to_hub:
-        base, source = config.model.pretrained_model_path, config.data.path or getattr(run.task, "hub_id", None)
-        name = folder.name.removeprefix(f"{Path(config.source).stem}_")
-        on_hub = [source] if source and not Path(source).exists() else []
-        about = {"model": base, "dataset": name, "datasets": on_hub, "config": dump_config(config)}
-        url = push_final(final, config.hub, about, {"before": first, "after": last}, folder / "metrics.jsonl")
-        logger.info(f"pushed to {url}")
+    push(run, folder, first, last)
+
+
+def push(run: Run, folder: Path, first: dict, last: dict) -> None:
+    """final/ to the hub, if the config says so."""
+    config = run.config
+    if not config.hub.push_to_hub:
+        return
+    source = config.data.path or getattr(run.task, "hub_id", None)
+    about = {
+        "model": config.model.pretrained_model_path,
+        "dataset": folder.name.removeprefix(f"{Path(config.source).stem}_"),
+        "datasets": [source] if source and not Path(source).exists() else [],
+        "config": dump_config(config),
+    }
+    evaluations = {"before": first, "after": last}
+    logger.info(f"pushed to {push_final(folder / 'final', config.hub, about, evaluations, folder / 'metrics.jsonl')}")
 
 
 def run_evaluation(config: Config, dataset_name: str, work_dir: str | Path = ".") -> dict[str, float]:
-    """--eval_only: evaluate the config's model; a report and every completion are in the run folder's name + _eval."""
+    """--eval_only: evaluate the config's model; report and completions go to the run folder's name + _eval."""
     configure_logging()
     run = prepare(config, dataset_name, for_training=False)
     folder = run_folder(config, f"{dataset_name}_eval", work_dir)
-    metrics = evaluate(run, folder)
+    if (folder / "report.json").exists():  # perhaps of another model
+        with RunLock(folder):
+            set_aside(folder)
+    with RunLock(folder):
+        metrics = evaluate(run, folder, dataset_name)
     logger.info(accuracy_line(metrics))
-    if not is_offline(run):
-        logger.info(f"report.json and completions.jsonl are in {folder}")
+    logger.info(f"report.json and completions.jsonl are in {folder}")
     return metrics
 
 
-def run_check(config: Config, dataset_name: str) -> None:
+def run_check(config: Config, dataset_name: str, work_dir: str | Path = ".") -> None:
     """--check: load config, data and model, say what would happen, and write nothing."""
     configure_logging()
+    check_same_experiment(run_folder(config, dataset_name, work_dir), config)
     describe(prepare(config, dataset_name), dataset_name)
     logger.info("everything is in order; nothing was written")

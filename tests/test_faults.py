@@ -2,6 +2,7 @@
 
 import json
 import signal
+import traceback
 from pathlib import Path
 
 import pytest
@@ -142,10 +143,10 @@ def test_a_signal_leaves_the_step_in_progress_and_the_run_goes_on_bit_for_bit(tm
     calls, real = {"rollout": 0, "update": 0}, StopSignal.check
 
     def check(self):
-        import sys
-
-        place = "update" if sys._getframe(1).f_code.co_name == "backward" else "rollout"
-        calls[place] += sys._getframe(1).f_code.co_name in ("backward", "run")
+        names = {frame.name for frame in traceback.extract_stack()}
+        if "train_step" in names:
+            calls["update"] += "backward" in names
+            calls["rollout"] += "rollout" in names
         if calls[where] == call:
             signal.raise_signal(signal.SIGINT)
         return real(self)
@@ -170,3 +171,132 @@ def test_the_same_config_and_seed_twice_give_the_same_weights_and_another_seed_o
     first, second, other = (weights_of(next((tmp_path / name / "runs").iterdir())) for name in overrides)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def cut_in_evaluation(monkeypatch, number: int) -> None:
+    """SIGTERM in the middle of the evaluation with this number, from 1."""
+    calls, real_evaluate, real_check = {"evaluations": 0, "inside": False}, train_grpo.evaluate, StopSignal.check
+
+    def evaluate(run, *rest):
+        calls["evaluations"] += 1
+        calls["inside"] = True
+        try:
+            return real_evaluate(run, *rest)
+        finally:
+            calls["inside"] = False
+
+    def check(self):
+        if calls["inside"] and calls["evaluations"] == number:
+            signal.raise_signal(signal.SIGTERM)
+        return real_check(self)
+
+    monkeypatch.setattr(train_grpo, "evaluate", evaluate)
+    monkeypatch.setattr(StopSignal, "check", check)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = next((folder / "runs").iterdir()).joinpath("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    timed = ("time/", "memory/", "tokens_per_second")
+    return [{n: v for n, v in json.loads(line).items() if not any(word in n for word in timed)} for line in lines]
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_signal_in_an_evaluation_keeps_the_steps_and_nothing_differs_afterwards(tmp_path, monkeypatch, evaluation):
+    config = config_with("training.ckpt_save_interval=0", "training.eval_interval=2", "training.max_steps=4")
+    run_training(config, "countdown", tmp_path / "whole")
+    cut_in_evaluation(monkeypatch, evaluation)
+    with pytest.raises(SystemExit) as stop:
+        run_training(config, "countdown", tmp_path / "cut")
+    assert stop.value.code == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    saved = newest_checkpoint(next((tmp_path / "cut" / "runs").iterdir()) / "checkpoints")
+    assert (saved.name if saved else None) == {1: None, 2: "step_000002", 3: "step_000004"}[evaluation]
+    run_training(config, "countdown", tmp_path / "cut")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    whole, cut = (weights_of(next((tmp_path / name / "runs").iterdir())) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_an_error_in_a_rollout_keeps_the_steps_before_it_and_its_advice_can_be_followed(tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "calls = 0\n\n\ndef moody(completions, **columns):\n    global calls\n    calls += 1\n"
+        "    if calls == 6:\n        raise ValueError('no mood')\n    return [0.0] * len(completions)\n"
+    )
+    overrides = ["training.ckpt_save_interval=0", "training.max_steps=6", f"data.reward_functions={file}:moody"]
+    with pytest.raises(ConfigError, match=r"moody.*no mood.*on_reward_error: zero"):
+        run_training(config_with(*overrides, "data.on_reward_error=stop"), "countdown", tmp_path)
+    saved = newest_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoints")
+    assert saved.name == "step_000002", "one call in prepare, two in the first evaluation, two steps"
+    run_training(config_with(*overrides, "data.on_reward_error=zero"), "countdown", tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(7))
+
+
+def test_old_log_probs_that_run_out_of_memory_are_computed_again_in_smaller_parts(memory_for):
+    run = prepare(config_with("training.micro_batch_size=16"), "countdown")
+    groups = sample(run, questions_of_step(run, 1), 4, 1.0, 1)
+    whole = train_grpo.add_old_logprobs(run, groups)
+    tried = memory_for(90)
+    parts = train_grpo.add_old_logprobs(run, groups)
+    assert tried[0] > 90 >= tried[-1]
+    for before, after in zip(whole, parts, strict=True):
+        for a, b in zip(before.episodes, after.episodes, strict=True):
+            assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-5)
+
+
+def test_a_broken_gpu_is_not_taken_for_one_that_is_full(memory_for, monkeypatch):
+    def score(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    run = prepare(config_with(), "countdown")
+    groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
+    monkeypatch.setattr(train_grpo, "score", score)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        update(run, groups, step=1)
+
+
+def test_a_second_evaluation_keeps_the_report_of_the_first(tmp_path):
+    for _ in range(2):
+        train_grpo.run_evaluation(config_with(), "countdown", tmp_path)
+    reports = sorted(path.parent.name for path in tmp_path.glob("runs/*/report.json"))
+    assert len(reports) == 2 and reports[1] == reports[0] + ".1"
+
+
+def test_a_complete_run_is_pushed_when_the_hub_is_asked_for_afterwards(tmp_path, monkeypatch):
+    run_training(config_with(), "countdown", tmp_path)
+    pushed = []
+    monkeypatch.setattr(train_grpo, "push_final", lambda folder, *rest: pushed.append(folder.name) or "there")
+    monkeypatch.setattr("src.prepare.check_hub", lambda hub: None)
+    run_training(config_with("hub.push_to_hub=true", "hub.hub_model_id=a/b"), "countdown", tmp_path)
+    assert pushed == ["final"]
+
+
+def test_an_adapter_given_as_a_model_is_one_sentence(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is a LoRA adapter; set lora.path to it"):
+        prepare(config_with(f"model.pretrained_model_path={tmp_path}"), "countdown")
+
+
+def test_a_model_of_the_hub_is_loaded_into_models_once_and_half_a_download_is_none(tmp_path, monkeypatch):
+    import shutil
+
+    from src import models
+
+    calls = []
+
+    def snapshot_download(path, local_dir, **options):
+        calls.append(path)
+        shutil.copytree(CONFIG.parent.parent.parent / "models" / "countdown-tiny", local_dir, dirs_exist_ok=True)
+        if len(calls) == 1:
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(models, "PROJECT_FOLDER", tmp_path)
+    monkeypatch.setattr(models, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda self, path, timeout: None)
+    config = config_with("model.pretrained_model_path=some/model")
+    with pytest.raises(ConfigError, match="some/model cannot be loaded; check the name and the network"):
+        prepare(config, "countdown")
+    for _ in range(2):
+        assert prepare(config, "countdown").train_problems
+    assert calls == ["some/model"] * 2 and (tmp_path / "models" / "some" / "model" / "config.json").is_file()

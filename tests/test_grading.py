@@ -911,3 +911,19 @@ def test_the_worker_dies_with_its_parent(fake_math_verify, busy):
     parent.wait()
     parent.stdout.close()
     assert is_gone(worker, 10)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["square root of 18", "log 18", "18 hundredths", "18 plus one", "18 times two", "18 or nineteen", "not 18",
+     "less than 18", "18 factorial", "opposite of 18", "zero point 18", "18 crore", "18 and two thirds"],
+)  # fmt: skip
+def test_words_that_change_a_number_are_not_units(answer):
+    assert not number_is_correct(answer, "18")
+
+
+@pytest.mark.parametrize(
+    "answer", ["18 square feet", "18 quarters", "18 more apples", "18 apples and pears", "18 points"]
+)
+def test_units_are_units(answer):
+    assert number_is_correct(answer, "18")

@@ -253,7 +253,7 @@ def test_evaluation_is_the_same_each_time_and_leaves_a_report(tmp_path):
     metrics = run_evaluation(config, "countdown", tmp_path)
     assert metrics == run_evaluation(config, "countdown", tmp_path)
     folder = tmp_path / "runs" / f"{Path(config.source).stem}_countdown_eval"
-    assert {path.name for path in folder.iterdir()} == {"report.json", "completions.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {".lock", "report.json", "completions.jsonl"}
     report = json.loads((folder / "report.json").read_text())
     assert report["metrics"] == metrics and report["about"]["config"]["training"]["temperature"] == 1.0
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
@@ -302,7 +302,8 @@ def test_groups_of_a_file_are_cut_by_nothing_but_the_limits(tmp_path):
     overrides = [f"data.path={file}", "training.old_logprobs=trainer", "training.minibatches=1"]
     run = prepare(small_config(*overrides), "scored")
     assert len(run.train_problems) + len(run.eval_problems) == 12 and run.eval_problems
-    groups = given_groups(run, run.train_problems)
+    arguments = (run.train_problems, run.tokenizer, run.eos_ids, run.config.training)
+    groups = given_groups(*arguments)
     for group in groups:
         given = group.problem.reference["completions"]
         assert [e.text for e in group.episodes] == [item["text"] for item in given]
@@ -317,11 +318,13 @@ def test_groups_of_a_file_are_cut_by_nothing_but_the_limits(tmp_path):
         assert advantages.mean().abs() < 1e-6 and advantages.std(correction=0) == pytest.approx(1)
     longest = max(len(e.token_ids) for g in groups for e in g.episodes)
     run.config.training.max_gen_len = longest - 1
-    kept = [e.text for g in given_groups(run, run.train_problems) for e in g.episodes]
+    kept = [e.text for g in given_groups(*arguments) for e in g.episodes]
     assert kept and texts[2] not in kept and set(kept) == set(texts[:2])
+    tight = ["training.max_gen_len=1", *overrides]
+    with pytest.raises(ConfigError, match="no train prompt has two completions that fit"):
+        prepare(small_config(*tight), "scored")
     run.config.training.max_gen_len, run.config.training.max_seq_length = 1000, len(groups[0].problem.prompt_ids) + 1
-    with pytest.raises(ConfigError, match="every completion of this step is longer"):
-        given_groups(run, run.train_problems[:1])
+    assert not given_groups(*arguments)[0].episodes
 
 
 @pytest.mark.parametrize(
