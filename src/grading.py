@@ -77,8 +77,11 @@ VALUE_WORDS = re.compile(
 VALUE_LETTERS = frozenset("kKMBeExXyni")
 
 # what math-verify would read in the writer's favour: `1 2 3` as 6, `5 \text{ or 6}` as 5
-UNCLEAR_MATH = re.compile(rf"(?<!_)[0-9][ '\"][0-9]|{TEXT_COMMAND}[^{{}}]*[0-9]|boxed|fbox|answer|\\\Z", re.IGNORECASE)
-NUMBER_BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?\Z")
+UNCLEAR_MATH = re.compile(
+    rf"(?<!_)[0-9][ '\"][0-9]|{TEXT_COMMAND}[^{{}}]*(?:[0-9]|\bor\b)|boxed|fbox|answer|\\\Z", re.IGNORECASE
+)
+LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+NUMBER_BASE = re.compile(r"[0-9]_\{?([0-9]+)")
 
 
 class ExpressionError(ValueError):
@@ -340,8 +343,10 @@ def math_is_correct(answer: str, reference: str, seconds: float = 5.0) -> bool:
     # what math-verify would read in the writer's favour: `1 2 3` as 6, `5 \text{ or 6}` as 5, `11_3` and `11_2` as 11
     if has_foreign_digits(answer) or UNCLEAR_MATH.search(answer):
         return False
-    bases = [NUMBER_BASE.search(text) for text in (answer, reference)]
-    if all(bases) and bases[0][1] != bases[1][1]:
+    bases, right_bases = (NUMBER_BASE.findall(text) for text in (answer, reference))
+    if bases and bases != right_bases:
+        return False
+    if reference.strip("$ ") == "0" and LETTERS.search(answer):  # it reads words as a product, and any times 0 is 0
         return False
     return ask_worker(answer, reference, seconds)
 

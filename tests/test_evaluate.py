@@ -130,6 +130,7 @@ def test_an_answer_of_that_raises_is_a_warning_and_no_answer(caplog, monkeypatch
     monkeypatch.setattr(logging.getLogger("grpo"), "propagate", True)
     assert answers_of(Broken(), ["abcd", "ab", ""]) == ["d", None, None]
     (message,) = {record.getMessage() for record in caplog.records}  # a set: several handlers may listen
+    assert message.startswith("Broken.answer_of: IndexError: string index out of range (2 of 3 completions")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -927,3 +927,16 @@ def test_words_that_change_a_number_are_not_units(answer):
 )
 def test_units_are_units(answer):
     assert number_is_correct(answer, "18")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [("12565_{3}", "12565"), (r"9_{3}\pi", r"9\pi"), ("T millione i rewsnas 0.", "0"), (r"(6,\text{or }11)", "(6,11)")],
+)
+def test_what_fuzzing_found_math_verify_to_accept(answer, reference):
+    assert not math_is_correct(answer, reference)
+
+
+@pytest.mark.parametrize(("answer", "reference"), [("101_2", "101_{2}"), ("11", "11_2"), ("x=0", "0"), (r"0\pi", "0")])
+def test_its_neighbours_are_right(answer, reference):
+    assert math_is_correct(answer, reference)
