@@ -85,6 +85,13 @@ def finished_step(folder: Path) -> int | None:
     return read_manifest(folder)["step"] if find_damage(folder) is None else None
 
 
+def seed_everything(seed: int) -> None:
+    """The generators of Python, NumPy and torch; a checkpoint holds where they are."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict:
     """Where every random generator is, as tensors and plain values: torch.load(weights_only=True) reads them."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

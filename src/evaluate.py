@@ -8,6 +8,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -219,3 +220,18 @@ def write_report(
     numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
     report = {"about": {"date": datetime.now(UTC).isoformat(timespec="seconds")} | about, "metrics": numbers}
     write_file(folder / "report.json", json.dumps(report, indent=2, default=str) + "\n")
+
+
+def keep_bad_batch(folder: Path, step: int, groups: list[Group]) -> None:
+    """What a step without a finite gradient was computed on, to look at."""
+    rows = [
+        asdict(episode) | {"prompt": group.problem.prompt_text, "prompt_ids": group.problem.prompt_ids}
+        for group in groups
+        for episode in group.episodes
+    ]
+    try:
+        folder.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+        (folder / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+    except OSError as error:  # only for looking at
+        logger.warning(f"the batch of step {step} could not be written to {folder} ({error.strerror})")

@@ -4,7 +4,6 @@ Everything a user can get wrong is wrong here, before anything is written.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,14 +12,14 @@ import torch
 from src.config import Config, ConfigError, TrainingConfig
 from src.hub import check_hub, check_hub_keys
 from src.maxent import Controllers, ControllerSettings
+from src.memory import memory_plan, peak_of
 from src.models import end_token_ids, load_model, load_tokenizer, resolve_device
 from src.offline import given_groups
 from src.optim import build_optimizer
 from src.packing import Episode, Group, check_attention
 from src.rewards import Rewards
 from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
-from src.sampler import cache_shape, free_memory
-from src.scoring import CHUNK_ELEMENTS
+from src.sampler import free_memory
 
 logger = logging.getLogger("grpo")
 
@@ -202,49 +201,3 @@ def describe(run: Run, dataset_name: str) -> None:
     problem = run.train_problems[0]
     last = ", ".join(f"{token} {run.tokenizer.decode([token])!r}" for token in problem.prompt_ids[-4:])
     logger.info(f"first prompt, {len(problem.prompt_ids)} tokens, the last ones {last}:\n{problem.prompt_text}")
-
-
-def memory_plan(run: Run) -> dict[str, int]:
-    """Bytes by purpose, an estimate from shapes: what a step holds, and what rollout and update need beside it."""
-    training, model = run.config.training, run.model
-    config = model.config.get_text_config()
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    weights = sum(parameter.nbytes for parameter in parameters)
-    state_bytes = 8 + 4 * any(parameter.dtype != torch.float32 for parameter in trained)  # moments and fp32 masters
-    if training.memory_efficient_adamw:
-        state_bytes = 2 * training.state_bits / 8 + (training.master_bits - 16) / 8
-    prompt, completion = training.max_prompt_len, training.max_gen_len
-    group = training.batch_size // training.num_questions_per_batch
-    tokens = (
-        training.max_tokens_per_microbatch
-        or training.micro_batch_size * completion + math.ceil(training.micro_batch_size / group) * prompt
-    )
-    vocabulary = config.vocab_size
-    wide = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
-    # what autograd keeps of a layer: its input, norms, projections and their products
-    kept = (12 * config.hidden_size + 4 * wide) * model.dtype.itemsize
-    layers = config.num_hidden_layers
-    activations = tokens * (
-        layers * config.hidden_size * model.dtype.itemsize + kept
-        if run.config.model.gradient_checkpointing
-        else layers * kept
-    )
-    logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
-    slots = min(training.inference_batch_size, training.batch_size)
-    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
-    cache = slots * completion * per_token + 2 * math.ceil(slots / group) * prompt * per_token + 8 * slots * vocabulary
-    return {
-        "weights": weights,
-        "reference": 0 if is_lora(run.config) or run.anchor is None else weights,
-        "gradients": sum(parameter.nbytes for parameter in trained),
-        "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes),
-        "rollout": int(cache),
-        "update": int(activations + logits),
-    }
-
-
-def peak_of(plan: dict[str, int]) -> int:
-    """The largest sum that is alive at once: the rollout has no gradients, the update no key-value cache."""
-    held = plan["weights"] + plan["reference"] + plan["optimizer"]
-    return held + max(plan["rollout"], plan["gradients"] + plan["update"])

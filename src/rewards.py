@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # it imports torch, which this file does without
 
 logger = logging.getLogger("grpo")
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
-POLITE_INTERRUPTIONS = 3  # of a call that is over its time, before it loses the chance to clean up
 SECONDS_BETWEEN = 0.1
 SHOWN_ERRORS = 3  # different ones of a step that are logged in full
 LARGEST = 1e30  # rewards are squared, and some arithmetic on them is in single precision
@@ -54,52 +53,29 @@ def warn_of_no_limit() -> None:
 
 
 def limited(call: Callable[[], Any], seconds: float) -> Any:
-    """call(), broken by RewardTimeout after `seconds`; only a long call of C code that ignores signals is not.
+    """call(), broken by RewardTimeout after `seconds`, again and again until it is over.
 
-    The alarm comes again until the call is over, because code such as `while True: try: ... except: pass` catches it.
-    After a few times a trace function raises it once more at the next line, which lies inside that `except`.
+    Two things are not broken: a long call of C code that ignores signals, and a loop that catches BaseException.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread has signals
         warn_of_no_limit()
         return call()
-    interruptions = 0
 
     def inside():
         return call()
 
-    def raise_again(frame, event, argument):
-        if frame.f_code is interrupt.__code__ or event != "line":
-            return raise_again
-        # This leaves one `try`. For another around it the next alarm is set off and waited for without a step of
-        # Python, which would handle it here: so it strikes in the `except` out there, before its loop goes on.
-        alarm = map(signal.setitimer, [signal.ITIMER_REAL], [1e-6], [SECONDS_BETWEEN])
-        delay = map(sum, [range(3000)])
-        timeout = RewardTimeout(over)
-        for _ in zip(alarm, delay, strict=False):
-            raise timeout
-
     def interrupt(number, frame):
-        nonlocal interruptions
-        stack = []
         while frame is not None and frame.f_code is not inside.__code__:
-            stack.append(frame)
             frame = frame.f_back
-        if frame is None:  # the call is over: there is nothing to break, and nobody who would catch it
-            return
-        interruptions += 1
-        if interruptions > POLITE_INTERRUPTIONS:
-            for caller in stack:
-                caller.f_trace = raise_again
-            sys.settrace(raise_again)
-        raise RewardTimeout(over)
+        if frame is not None:  # else the call is over: there is nothing to break, and nobody who would catch it
+            raise RewardTimeout(over)
 
     over = f"took longer than data.reward_timeout, {seconds:g} s"
-    tracer, handler = sys.gettrace(), signal.signal(signal.SIGALRM, interrupt)
+    handler = signal.signal(signal.SIGALRM, interrupt)
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, SECONDS_BETWEEN)
     try:
         return inside()
     finally:
-        sys.settrace(tracer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)  # None: it was not set by Python
         signal.setitimer(signal.ITIMER_REAL, left, interval)

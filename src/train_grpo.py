@@ -3,18 +3,15 @@
 Read it from top to bottom. The records that travel (Problem, Episode, Group, PackedBatch, Scores) are frozen.
 """
 
-import json
 import logging
 import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +22,21 @@ from src.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     save_model,
+    seed_everything,
 )
 from src.config import Config, ConfigError, RunError, TrainingConfig, dump_config
-from src.evaluate import accuracy_line, completions_table, ranking_metrics, summarize, write_report
-from src.grading import last_answer
+from src.evaluate import (
+    accuracy_line,
+    answers_of,
+    completions_table,
+    keep_bad_batch,
+    ranking_metrics,
+    summarize,
+    write_report,
+)
 from src.hub import push_final
 from src.maxent import seed_grpo_scale, semantic_entropy
+from src.memory import in_parts_that_fit
 from src.offline import given_groups
 from src.packing import Group, pack, split_into_microbatches
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
@@ -87,7 +93,7 @@ def sample(
     return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
 
 
-def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]:
+def add_advantages(groups: list[Group], training: TrainingConfig, task=None) -> list[Group]:
     """Reward minus the group's mean, over the standard deviation; exactly 0 in a group without variance.
 
     DeepSeekMath (Shao et al. 2024), section 4.1.2; `scale_rewards: none` is Dr. GRPO (Liu et al. 2025).
@@ -95,7 +101,7 @@ def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]
     rewards = [torch.tensor([e.reward for e in group.episodes], dtype=torch.float64) for group in groups]  # [G] each
     scales = torch.ones(len(groups))
     if training.seed_grpo_alpha > 0:
-        scales = uncertainty_scale(groups, training.seed_grpo_alpha)  # [groups]
+        scales = uncertainty_scale(groups, training.seed_grpo_alpha, task)  # [groups]
     finished = []
     for group, row, scale in zip(groups, rewards, scales.tolist(), strict=True):
         advantages = torch.zeros_like(row)
@@ -107,9 +113,9 @@ def add_advantages(groups: list[Group], training: TrainingConfig) -> list[Group]
     return finished
 
 
-def uncertainty_scale(groups: list[Group], alpha: float) -> Tensor:
+def uncertainty_scale(groups: list[Group], alpha: float, task) -> Tensor:
     """SEED-GRPO (Chen et al. 2025): prompts whose answers disagree move the policy less; clusters are equal answers."""
-    answers = [[last_answer(e.text) for e in group.episodes] for group in groups]
+    answers = [answers_of(task, [e.text for e in group.episodes]) for group in groups]
     logprobs = [[sum(e.logprobs) / len(e.logprobs) for e in group.episodes] for group in groups]
     return seed_grpo_scale(semantic_entropy(answers, torch.tensor(logprobs)), alpha, len(groups[0].episodes))
 
@@ -193,7 +199,6 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = rate
     means, sums, skipped = Means(), defaultdict(float), 0
-    run.mid_update = True  # the weights are of no step, but for Stopped, which only comes before the first change
     for index in range(updates):
         weighted = add_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
         # a group without variance then has no gradient: it is computed only where the whole step is to be measured
@@ -213,6 +218,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
         norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm))
         sums["train/grad_norm"] += norm / updates
         if math.isfinite(norm):
+            run.mid_update = True  # until its end the weights are of no step
             run.optimizer.step()
         else:
             skipped += 1
@@ -253,46 +259,6 @@ def backward(
         return results
 
     return in_parts_that_fit(run, groups, compute)
-
-
-def in_parts_that_fit(run: Run, groups: list[Group], compute: Callable[[], list]) -> list:
-    """compute() over the micro-batches of these groups; again in smaller ones when memory runs out."""
-    while True:
-        try:
-            return compute()
-        except (RuntimeError, MemoryError) as error:
-            reason = (str(error) or "MemoryError").splitlines()[0]
-            # on a CPU torch raises a plain RuntimeError
-            words = ("out of memory", "allocate memory", "enough memory")
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in reason for w in words):
-                raise
-        # outside of the handler, whose traceback would keep the activations alive
-        run.optimizer.zero_grad(set_to_none=True)
-        shrink_microbatches(run, groups, reason)
-
-
-def shrink_microbatches(run: Run, groups: list[Group], reason: str) -> None:
-    """Half of the largest micro-batch from now on; the gradient does not depend on it."""
-    training = run.config.training
-    whole = PENALTIES[training.loss_type].is_objective
-    size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
-    batches = list(split_into_microbatches(groups, size, budget, whole))
-    if all(len(batch) == 1 and (whole or len(batch[0].episodes) == 1) for batch in batches):
-        raise ConfigError(
-            f"memory does not suffice for the update of a single {'group' if whole else 'completion'} ({reason}); "
-            f"lower training.max_gen_len, or set model.gradient_checkpointing: true"
-        )
-    if budget:
-        tokens = [
-            sum(len(g.problem.prompt_ids) + sum(len(e.token_ids) for e in g.episodes) for g in b) for b in batches
-        ]
-        smaller = {"max_tokens_per_microbatch": max(1, max(tokens) // 2)}
-    else:
-        smaller = {"micro_batch_size": max(1, max(sum(len(g.episodes) for g in batch) for batch in batches) // 2)}
-    run.config.training = replace(training, **smaller)
-    if run.model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    logger.warning(f"out of memory in the update ({reason}); it is done again with {smaller}")
 
 
 def steer(run: Run, metrics: dict[str, float], step: int) -> dict[str, float]:
@@ -395,7 +361,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
         groups = given_groups(questions, run.tokenizer, run.eos_ids, training)
     else:
         groups = sample(run, questions, group_size, training.temperature, step, run.check_stop)
-    groups = add_advantages(groups, training)
+    groups = add_advantages(groups, training, run.task)
     rolled_out = time.perf_counter()
     metrics = update(run, groups, step)
     seconds = {"time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out}
@@ -450,13 +416,6 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
             telemetry.close()
 
 
-def seed_everything(seed: int) -> None:
-    """The generators of Python, NumPy and torch; a checkpoint holds where they are."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def run_folder(config: Config, dataset_name: str, work_dir: str | Path = ".") -> Path:
     """Where a run of this config lives."""
     return Path(work_dir) / "runs" / f"{Path(config.source).stem}_{dataset_name}"
@@ -499,8 +458,8 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
                 started = time.perf_counter()
                 last = evaluate(run)
                 unwritten |= last | {"time/evaluate": time.perf_counter() - started}
-        except (Stopped, RunError, ConfigError) as error:
-            if done > saved and (isinstance(error, Stopped) or not run.mid_update):
+        except (Stopped, RunError, ConfigError):
+            if done > saved and not run.mid_update:
                 save()
                 saved = done
             logger.info(f"stopped; the first {saved} steps are saved, the same command goes on from there")
@@ -538,21 +497,6 @@ def due(step: int, interval: int) -> bool:
 def headline(metrics: dict[str, float]) -> float:
     """The one number by which evaluations are compared."""
     return metrics["eval/pass@1"] if "eval/pass@1" in metrics else metrics["eval/pair_accuracy"]
-
-
-def keep_bad_batch(folder: Path, step: int, groups: list[Group]) -> None:
-    """What a step without a finite gradient was computed on, to look at."""
-    rows = [
-        asdict(episode) | {"prompt": group.problem.prompt_text, "prompt_ids": group.problem.prompt_ids}
-        for group in groups
-        for episode in group.episodes
-    ]
-    try:
-        folder.mkdir(exist_ok=True)
-        lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
-        (folder / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
-    except OSError as error:  # only for looking at
-        logger.warning(f"the batch of step {step} could not be written to {folder} ({error.strerror})")
 
 
 def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict, last: dict, metrics: dict) -> None:

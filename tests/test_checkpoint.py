@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from benchmarks.kill_storm import same
 from src.checkpoint import (
     best_checkpoint,
     check_same_experiment,
@@ -80,17 +81,6 @@ def train(model, optimizer, seeds) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         optimizer.step()
-
-
-def same(left, right) -> bool:
-    """Whether two nested states hold the same bits."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-    return left == right
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

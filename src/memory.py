@@ -1,0 +1,102 @@
+"""Memory: an estimate of what a step needs before it begins, and smaller micro-batches when it was not enough."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from src.config import ConfigError
+from src.packing import Group, split_into_microbatches
+from src.penalties import PENALTIES
+from src.sampler import cache_shape
+from src.scoring import CHUNK_ELEMENTS
+
+logger = logging.getLogger("grpo")
+
+
+def memory_plan(run) -> dict[str, int]:
+    """Bytes by purpose, an estimate from shapes: what a step holds, and what rollout and update need beside it."""
+    training, model = run.config.training, run.model
+    config = model.config.get_text_config()
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in parameters)
+    state_bytes = 8 + 4 * any(parameter.dtype != torch.float32 for parameter in trained)  # moments and fp32 masters
+    if training.memory_efficient_adamw:
+        state_bytes = 2 * training.state_bits / 8 + (training.master_bits - 16) / 8
+    prompt, completion = training.max_prompt_len, training.max_gen_len
+    group = training.batch_size // training.num_questions_per_batch
+    tokens = (
+        training.max_tokens_per_microbatch
+        or training.micro_batch_size * completion + math.ceil(training.micro_batch_size / group) * prompt
+    )
+    vocabulary = config.vocab_size
+    wide = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
+    # what autograd keeps of a layer: its input, norms, projections and their products
+    kept = (12 * config.hidden_size + 4 * wide) * model.dtype.itemsize
+    layers = config.num_hidden_layers
+    activations = tokens * (
+        layers * config.hidden_size * model.dtype.itemsize + kept
+        if run.config.model.gradient_checkpointing
+        else layers * kept
+    )
+    logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
+    slots = min(training.inference_batch_size, training.batch_size)
+    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
+    cache = slots * completion * per_token + 2 * math.ceil(slots / group) * prompt * per_token + 8 * slots * vocabulary
+    return {
+        "weights": weights,
+        "reference": 0 if run.config.lora.r or run.config.lora.path or run.anchor is None else weights,
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes),
+        "rollout": int(cache),
+        "update": int(activations + logits),
+    }
+
+
+def peak_of(plan: dict[str, int]) -> int:
+    """The largest sum that is alive at once: the rollout has no gradients, the update no key-value cache."""
+    held = plan["weights"] + plan["reference"] + plan["optimizer"]
+    return held + max(plan["rollout"], plan["gradients"] + plan["update"])
+
+
+def in_parts_that_fit(run, groups: list[Group], compute: Callable[[], list]) -> list:
+    """compute() over the micro-batches of these groups; again in smaller ones when memory runs out."""
+    while True:
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error) or "MemoryError").splitlines()[0]
+            # on a CPU torch raises a plain RuntimeError
+            words = ("out of memory", "allocate memory", "enough memory")
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in reason for w in words):
+                raise
+        # outside of the handler, whose traceback would keep the activations alive
+        run.optimizer.zero_grad(set_to_none=True)
+        shrink_microbatches(run, groups, reason)
+
+
+def shrink_microbatches(run, groups: list[Group], reason: str) -> None:
+    """Half of the largest micro-batch from now on; the gradient does not depend on it."""
+    training = run.config.training
+    whole = PENALTIES[training.loss_type].is_objective
+    size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
+    batches = list(split_into_microbatches(groups, size, budget, whole))
+    if all(len(batch) == 1 and (whole or len(batch[0].episodes) == 1) for batch in batches):
+        raise ConfigError(
+            f"memory does not suffice for the update of a single {'group' if whole else 'completion'} ({reason}); "
+            f"lower training.max_gen_len, or set model.gradient_checkpointing: true"
+        )
+    if budget:
+        tokens = [
+            sum(len(g.problem.prompt_ids) + sum(len(e.token_ids) for e in g.episodes) for g in b) for b in batches
+        ]
+        smaller = {"max_tokens_per_microbatch": max(1, max(tokens) // 2)}
+    else:
+        smaller = {"micro_batch_size": max(1, max(sum(len(g.episodes) for g in batch) for batch in batches) // 2)}
+    run.config.training = replace(training, **smaller)
+    if run.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    logger.warning(f"out of memory in the update ({reason}); it is done again with {smaller}")
