@@ -357,3 +357,11 @@ def test_dropout_of_an_adapter_is_on_in_the_update_alone_and_the_same_when_a_ste
         moved.append(torch.cat([(after[name] - value).flatten() for name, value in before.items()]))
     assert groups[0] == groups[1] == groups[2], "no dropout in the rollout"
     assert torch.equal(moved[1], moved[2]) and not torch.equal(moved[0], moved[1])
+
+
+def test_seed_grpo_reads_answers_as_the_task_does():
+    run = prepare(small_config("training.seed_grpo_alpha=1", "training.eval_interval=0"), "countdown")
+    asked = []
+    run.task.answer_of = lambda text: asked.append(text) or text
+    train_step(run, 1)
+    assert len(asked) == 24, "every completion of the step"
