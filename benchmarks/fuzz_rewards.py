@@ -494,6 +494,7 @@ class Gate:
     left: int
     asked: int = 0
     refused: int = 0
+    slow: int = 0
     slowest_ms: float = 0.0
     ask: object = field(default_factory=lambda: grading.ask_worker)
 
@@ -503,7 +504,8 @@ class Gate:
             return False
         begin, self.left, self.asked = time.perf_counter(), self.left - 1, self.asked + 1
         verdict = self.ask(answer, reference, seconds)
-        self.slowest_ms = max(self.slowest_ms, 1000 * (time.perf_counter() - begin))
+        milliseconds = 1000 * (time.perf_counter() - begin)
+        self.slow, self.slowest_ms = self.slow + (milliseconds > SLOWEST_MS), max(self.slowest_ms, milliseconds)
         return verdict
 
 
@@ -569,8 +571,8 @@ def run_task(name: str, seed: int, cases: int, worker_cases: int) -> dict:
         failures += grade_sample(task, [make_case(name, seed, index) for index in range(min(cases, GRADE_SAMPLE))])
     return {"cases": cases, "right_by_construction": right, "rewarded": rewarded, "well_formed": formatted,
             "slowest_ms": round(slowest, 2), "to_math_verify": gate.asked, "not_graded": gate.refused,
-            "slowest_math_verify_ms": round(gate.slowest_ms, 1), "failures": len(failures),
-            "first_failures": failures[:SHOWN_FAILURES]}  # fmt: skip
+            "math_verify_over_50_ms": gate.slow, "slowest_math_verify_ms": round(gate.slowest_ms, 1),
+            "failures": len(failures), "first_failures": failures[:SHOWN_FAILURES]}  # fmt: skip
 
 
 def fuzz(names: list[str], seed: int, cases: int, worker_cases: int) -> dict:
