@@ -41,14 +41,16 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         get_task(arguments.dataset_name, config.data)
+        from src.distributed import session
         from src.train_grpo import run_check, run_evaluation, run_training  # torch and transformers: seconds to import
 
-        if arguments.check:
-            run_check(config, arguments.dataset_name)
-        elif arguments.eval_only:
-            run_evaluation(config, arguments.dataset_name)
-        else:
-            run_training(config, arguments.dataset_name, fresh=arguments.fresh)
+        with session():
+            if arguments.check:
+                run_check(config, arguments.dataset_name)
+            elif arguments.eval_only:
+                run_evaluation(config, arguments.dataset_name)
+            else:
+                run_training(config, arguments.dataset_name, fresh=arguments.fresh)
     except ConfigError as error:
         # what was found wrong after the file was read (device, model, data) does not say where it was written
         file = "" if arguments.config in str(error) or str(error).startswith("--set") else f"{arguments.config}: "

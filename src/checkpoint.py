@@ -18,7 +18,10 @@ import yaml
 from safetensors import safe_open
 
 from src.config import Config, ConfigError, dump_config
+from src.distributed import on_main
 from src.models import from_weights
+from src.optim import MemoryEfficientAdamW
+from src.sharding import cut_states, full, full_state, like, local
 from src.storage import (
     StorageError,
     find_damage,
@@ -61,23 +64,25 @@ def check_free_space(final: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_model(model, tokenizer, folder: Path) -> None:
-    """Weights, config and tokenizer; of a model with an adapter (src/lora.py) the adapter alone."""
+def write_model(model, weights: dict[str, dict], tokenizer, folder: Path) -> None:
+    """Weights (see full_state), config and tokenizer; of a model with an adapter (src/lora.py) the adapter alone."""
     if hasattr(model, "peft_config"):
         from src.lora import save_adapter  # here, because only a LoRA run needs peft
 
         return save_adapter(model, tokenizer, folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **weights)
     tokenizer.save_pretrained(folder)
 
 
 def save_model(model, tokenizer, folder: Path, step: int | None = None) -> None:
     """Weights, config and tokenizer: AutoModelForCausalLM loads the folder. `step`: what finished_step returns."""
 
-    def write(partial: Path) -> None:
-        write_model(model, tokenizer, partial)
+    weights = full_state(model)
 
-    write_safely(folder, "the final model", "the checkpoints are safe", {"step": step}, write)
+    def write(partial: Path) -> None:
+        write_model(model, weights, tokenizer, partial)
+
+    on_main(write_safely, folder, "the final model", "the checkpoints are safe", {"step": step}, write)
 
 
 def finished_step(folder: Path) -> int | None:
@@ -128,11 +133,11 @@ def save_checkpoint(
 
     While it writes there are `keep` + 1 of them (and the best, if it is older).
     """
-    state = {"step": step, "optimizer": optimizer.state_dict(), "controllers": controllers.state_dict()}
-    state |= {**random_states(), **extra}
+    weights, states = full_state(model), full(optimizer.state_dict())
+    state = {"step": step, "optimizer": states, "controllers": controllers.state_dict(), **random_states(), **extra}
 
     def write(partial: Path) -> None:
-        write_model(model, tokenizer, partial)
+        write_model(model, weights, tokenizer, partial)
         with (partial / "training_state.pt").open("wb") as file:  # opened here, for the system's own errors
             torch.save(state, file)
         controllers.save(partial / "controllers.json")  # for people to read; what is loaded is in training_state.pt
@@ -140,8 +145,8 @@ def save_checkpoint(
     earlier = list_checkpoints(folder)
     safe = f"step {step_of(earlier[-1])} is safe in {earlier[-1].name}" if earlier else "there is no earlier one"
     about = {"step": step, "score": score if score is not None and math.isfinite(score) else None}
-    write_safely(folder / f"step_{step:06d}", f"the checkpoint of step {step}", safe, about, write)
-    drop_checkpoints(folder, step, keep)
+    on_main(write_safely, folder / f"step_{step:06d}", f"the checkpoint of step {step}", safe, about, write)
+    on_main(drop_checkpoints, folder, step, keep)
 
 
 def drop_checkpoints(folder: Path, step: int, keep: int) -> None:
@@ -234,9 +239,9 @@ def load_weights(folder: Path, model, trust_remote_code: bool = False) -> None:
                 f"{folder} does not fit the model: {name} is {list(tensor.shape)} of {tensor.dtype} there and {now} "
                 f"here; use the config it was made with, or --fresh to start over"
             )
-        here.copy_(tensor)
-        loaded.add(here.data_ptr())
-    missing = [name for name, tensor in live.items() if tensor.data_ptr() not in loaded]  # tied ones share an address
+        here.copy_(like(tensor, here))
+        loaded.add(local(here).data_ptr())
+    missing = [name for name, tensor in live.items() if local(tensor).data_ptr() not in loaded]  # tied: one address
     if missing:
         raise ConfigError(f"{folder} has no weights for {', '.join(missing[:3])}; use --fresh to start over")
 
@@ -246,7 +251,9 @@ def load_checkpoint(folder: Path, model, optimizer, controllers, trust_remote_co
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     load_weights(folder, model, trust_remote_code)
     try:
-        optimizer.load_state_dict(state.pop("optimizer"))
+        saved = state.pop("optimizer")
+        ours = isinstance(optimizer, MemoryEfficientAdamW)  # which cuts them itself
+        optimizer.load_state_dict(saved if ours else cut_states(optimizer, saved))
         controllers.load_state_dict(state.pop("controllers"))
     except ValueError as error:
         raise ConfigError(f"{folder} does not fit this config: {error}; use --fresh to start over") from error
@@ -264,8 +271,8 @@ def check_same_experiment(folder: Path, config: Config) -> None:
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder}/config.yaml cannot be read; restore it, or use --fresh to start over") from error
     free = {"eval_interval", "ckpt_save_interval", "keep_checkpoints", "max_bad_steps", "max_retry_rounds", "device",
-            "gradient_checkpointing", "micro_batch_size", "max_tokens_per_microbatch", "inference_batch_size",
-            "on_reward_error", "reward_timeout"}  # fmt: skip
+            "gradient_checkpointing", "parallel", "micro_batch_size", "max_tokens_per_microbatch",
+            "inference_batch_size", "on_reward_error", "reward_timeout"}  # fmt: skip
     if config.training.lr_schedule == "constant":  # a decaying rate would jump if the end moved
         free |= {"max_steps", "num_epochs"}
     for section, known in sections.items():

@@ -346,6 +346,11 @@ class TrainingConfig:
     master_bits: int = key(24, "memory_efficient_adamw: precision of the master weights.", choices=(24, 32))
     state_bits: int = key(8, "memory_efficient_adamw: bits of each of Adam's two moments.", choices=(8, 16, 32))
     offload: bool = key(False, "memory_efficient_adamw: keep the optimizer's states in host memory.")
+    parallel: str = key(
+        "shard",
+        "Several processes: shard weights and states over them (FSDP2), or replicate; LoRA is replicated.",
+        choices=("shard", "replicate"),
+    )
     max_bad_steps: int = key(5, "So many steps in a row without a finite gradient stop the run.", minimum=1)
     eval_interval: int = key(10, "Steps between evaluations; 0: only before and after.", minimum=0)
     ckpt_save_interval: int = key(100, "Steps between checkpoints; 0: only at the end.", minimum=0)

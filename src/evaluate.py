@@ -111,7 +111,7 @@ def summarize(
             raise ConfigError(f"the reward has a part {part}, which is the name of a metric; rename it")
     for part in parts:
         if part not in ("reward", "answer"):
-            metrics[f"eval/{part}"] = mean([episode.reward_parts[part] for episode in episodes])
+            metrics[f"eval/{part}"] = mean([episode.reward_parts.get(part, 0.0) for episode in episodes])
     metrics["eval/length"] = mean([len(episode.token_ids) for episode in episodes])
     metrics["eval/finished"] = mean([float(episode.finished) for episode in episodes])
     return metrics

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from src.config import ConfigError
+from src.config import ConfigError, RunError
+from src.distributed import world
 from src.packing import Group, split_into_microbatches
 from src.penalties import PENALTIES
 from src.sampler import cache_shape
 from src.scoring import CHUNK_ELEMENTS
+from src.sharding import is_sharded
 
 logger = logging.getLogger("grpo")
 
@@ -23,6 +25,7 @@ def memory_plan(run) -> dict[str, int]:
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     weights = sum(parameter.nbytes for parameter in parameters)
+    ranks = world() if is_sharded(model) else 1  # each holds a slice; in a rollout all of the weights
     state_bytes = 8 + 4 * any(parameter.dtype != torch.float32 for parameter in trained)  # moments and fp32 masters
     if training.memory_efficient_adamw:
         state_bytes = 2 * training.state_bits / 8 + (training.master_bits - 16) / 8
@@ -47,11 +50,11 @@ def memory_plan(run) -> dict[str, int]:
     per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
     cache = slots * completion * per_token + 2 * math.ceil(slots / group) * prompt * per_token + 8 * slots * vocabulary
     return {
-        "weights": weights,
-        "reference": 0 if run.config.lora.r or run.config.lora.path or run.anchor is None else weights,
-        "gradients": sum(parameter.nbytes for parameter in trained),
-        "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes),
-        "rollout": int(cache),
+        "weights": weights // ranks,
+        "reference": 0 if run.config.lora.r or run.config.lora.path or run.anchor is None else weights // ranks,
+        "gradients": sum(parameter.nbytes for parameter in trained) // ranks,
+        "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes / ranks),
+        "rollout": int(cache) + (weights if ranks > 1 else 0),
         "update": int(activations + logits),
     }
 
@@ -81,6 +84,11 @@ def in_parts_that_fit(run, groups: list[Group], compute: Callable[[], list]) -> 
 def shrink_microbatches(run, groups: list[Group], reason: str) -> None:
     """Half of the largest micro-batch from now on; the gradient does not depend on it."""
     training = run.config.training
+    if is_sharded(run.model):
+        raise RunError(
+            f"out of memory in the update ({reason}), where the other processes wait for this one; the last checkpoint "
+            f"is safe: go on from it with half the training.micro_batch_size or max_tokens_per_microbatch"
+        )
     whole = PENALTIES[training.loss_type].is_objective
     size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
     batches = list(split_into_microbatches(groups, size, budget, whole))

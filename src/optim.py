@@ -26,6 +26,9 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from src.sharding import like, local
 
 BLOCK = 128  # elements that share one 8-bit scale
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # multiples of BLOCK; 28 bytes of scratch each, on a CPU within L2
@@ -118,8 +121,9 @@ class Shard:
     Every parameter starts at a multiple of BLOCK, so that no block is shared and a skipped one stays untouched.
     """
 
-    def __init__(self, parameters: list[Tensor], layout: dict[str, tuple[torch.dtype, int]], offload: bool):
-        self.parameters, self.layout = parameters, layout  # layout: name -> (dtype, parameters that share an entry)
+    def __init__(self, owners: list[Tensor], layout: dict[str, tuple[torch.dtype, int]], offload: bool):
+        self.owners, self.layout = owners, layout  # layout: name -> (dtype, parameters that share an entry)
+        self.parameters = parameters = [local(owner) for owner in owners]  # of sharded ones what lies here
         self.device, self.dtype = parameters[0].device, parameters[0].dtype
         self.starts, self.total = [], 0
         for parameter in parameters:
@@ -233,6 +237,63 @@ def encode_8bit(
     states["momentum"].copy_(integers.copy_(ratio.add_(dithers[1]).floor_()))
 
 
+def decoded(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """States of one parameter with 8-bit moments as fp32 [n] under names of their own; other states as they are."""
+    if "momentum_scale" not in states:
+        return states
+    count = states["momentum"].numel()
+    momentum, variance = torch.zeros(2, padded(count), device=states["momentum"].device)  # [padded] each
+    if count:
+        rest = (0, padded(count) - count)
+        codes = {name: torch.nn.functional.pad(states[name], rest) for name in ("momentum", "variance")}
+        decode_8bit(states | codes, momentum, variance)
+    kept = {name: state for name, state in states.items() if name in ("step", "correction")}
+    return kept | {"decoded_momentum": momentum[:count], "decoded_variance": variance[:count]}
+
+
+def encoded(states: dict[str, Tensor], betas: tuple[float, float]) -> dict[str, Tensor]:
+    """The inverse, rounded to nearest."""
+    if "decoded_momentum" not in states:
+        return states
+    moments = [states["decoded_momentum"], states["decoded_variance"]]  # [n] each
+    count, device = moments[0].numel(), moments[0].device
+    size = padded(count)
+    moments = [torch.nn.functional.pad(moment, (0, size - count)) for moment in moments]  # [padded] each
+    codes = {
+        "momentum": torch.zeros(size, dtype=torch.int8, device=device),
+        "variance": torch.zeros(size, dtype=torch.uint8, device=device),
+        "momentum_scale": torch.zeros(size // BLOCK, device=device),
+        "variance_scale": torch.zeros(size // BLOCK, device=device),
+    }
+    half = torch.full((size,), 0.5, device=device)
+    if count:
+        scratch = (torch.zeros_like(half), torch.zeros_like(half))
+        encode_8bit(codes, *moments, scratch, (half, half), ratio_limit(*betas))
+    return states | {name: code[:count] if len(code) == size else code for name, code in codes.items()}
+
+
+def placed_like(parameter: DTensor, state: Tensor) -> Tensor:
+    """A state of one entry an element as a tensor that is sharded like its parameter; a step count as it is."""
+    if state.dim() == 0:
+        return state
+    here = state.view(parameter.to_local().shape)
+    place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(here, parameter.device_mesh, parameter.placements, **place)
+
+
+def fitted(saved: dict[str, Tensor], parameter: Tensor, betas: tuple[float, float]) -> dict[str, Tensor]:
+    """Saved states of a parameter, of any number of processes, as the flat states of what lies on this rank."""
+    sharded = isinstance(parameter, DTensor)
+    if not sharded and "decoded_momentum" not in saved and all(state.dim() < 2 for state in saved.values()):
+        return saved
+    cut = {}
+    for name, state in (decoded(saved) if sharded else saved).items():
+        if state.numel() not in (1, parameter.numel()):
+            return saved  # of another model, as the caller will say
+        cut[name] = state if state.dim() == 0 else local(like(state.reshape(parameter.shape), parameter)).reshape(-1)
+    return encoded(cut, betas)
+
+
 class MemoryEfficientAdamW(torch.optim.Optimizer):
     """torch's fused AdamW on bf16 or fp32 parameters with small states; see the module's docstring for the formats.
 
@@ -274,7 +335,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         shards = [Shard(parameters, self._layout(dtype), self.offload) for (_, dtype), parameters in by_kind.items()]
         self.shards.append(shards)
         for shard in shards:
-            for index, parameter in enumerate(shard.parameters):
+            for index, parameter in enumerate(shard.owners):
                 self.state[parameter] = shard.state_of(index)
 
     def _layout(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int]]:
@@ -313,33 +374,48 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         if work is None or work.size < size:
             work = self.workspaces[shard.device] = Workspace(shard.device, size)
         # An address is 0 without a gradient; it changes when someone assigns `parameter.data`.
-        addresses = tuple([0 if one.grad is None else one.data_ptr() for one in shard.parameters])
+        gradients = [None if one.grad is None else local(one.grad).reshape(-1) for one in shard.owners]
+        shard.parameters = [local(owner) for owner in shard.owners]
+        addresses = tuple([0 if g is None else p.data_ptr() for g, p in zip(gradients, shard.parameters, strict=True)])
         if addresses != shard.addresses or work is not shard.work:
             shard.plan(addresses, work)
         if not shard.chunks:
             return
         shard.steps.add_(shard.active)
         work.advance(group["updates"])
-        gradients = [None if one.grad is None else one.grad.reshape(-1) for one in shard.parameters]
         for chunk in streamed(shard.chunks, work.copier) if shard.staged else shard.chunks:
             step_chunk(group, chunk, [gradients[index][first:last] for index, first, last in chunk.pieces])
 
     def state_dict(self):
-        """torch's form: tensors and plain numbers. The tensors are views of the states, not copies."""
+        """torch's form: tensors and plain numbers. The tensors are views of the states, not copies.
+
+        Those of a sharded parameter are sharded like it; as no block of 8-bit moments may be cut, they are fp32 then.
+        """
         self._wait()
-        return super().state_dict()
+        saved = super().state_dict()
+        for key, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
+            if isinstance(parameter, DTensor):
+                states = decoded(saved["state"][key])
+                saved["state"][key] = {name: placed_like(parameter, state) for name, state in states.items()}
+        return saved
 
     def load_state_dict(self, state_dict) -> None:
-        """Copy the saved states into place, bit for bit; torch's own would cast them to the parameters' dtype."""
+        """Copy the saved states into place, bit for bit; torch's own would cast them to the parameters' dtype.
+
+        From one number of processes to another elements are the same, 8-bit moments within their precision.
+        """
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
         if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("the saved optimizer has other parameter groups than this one")
         self._wait()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         pairs = []
-        for key, parameter in zip((key for group in saved_groups for key in group["params"]), parameters, strict=True):
+        betas = [group["betas"] for group in saved_groups for _ in group["params"]]
+        keys = [key for group in saved_groups for key in group["params"]]
+        for key, parameter, decay in zip(keys, parameters, betas, strict=True):
+            fitting = fitted(saved_states.get(key, {}), parameter, decay)
             for name, state in self.state[parameter].items():
-                saved = saved_states.get(key, {}).get(name)
+                saved = fitting.get(name)
                 if saved is None or saved.shape != state.shape or saved.dtype != state.dtype:
                     raise ValueError(
                         f"saved state {key}.{name} does not fit: were master_bits, state_bits and the "

@@ -72,6 +72,7 @@ class PackedBatch:
     token_weight: Tensor  # [E] weight of each token of the episode in the loss
     episode_weight: Tensor  # [E] weight of the episode in the loss
     groups: int
+    counts: bool = True  # False: without any weight, only to keep step with other processes (src/sharding.py)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 import torch
 
 from src.config import Config, ConfigError, TrainingConfig
+from src.distributed import from_main, world
 from src.hub import check_hub, check_hub_keys
 from src.maxent import Controllers, ControllerSettings
 from src.memory import memory_plan, peak_of
-from src.models import end_token_ids, load_model, load_tokenizer, resolve_device
+from src.models import end_token_ids, load_model, load_tokenizer, resolve_device, resolve_model_path
 from src.offline import given_groups
 from src.optim import build_optimizer
 from src.packing import Episode, Group, check_attention
 from src.rewards import Rewards
 from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
 from src.sampler import free_memory
+from src.sharding import shard
 
 logger = logging.getLogger("grpo")
 
@@ -137,6 +139,7 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     check_hub_keys(config.hub, config.source)
     if for_training:
         check_hub(config.hub)
+    from_main(resolve_model_path, config.model.pretrained_model_path)  # a download happens once
     tokenizer = load_tokenizer(config)
     task = get_task(dataset_name, config.data)
     check_task(config, task)
@@ -160,9 +163,12 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
         eval_problems = with_two_completions(config, eval_problems, tokenizer, eos_ids, split)
         check_enough(config, train_problems if for_training else None)
     check_attention(model, training.max_prompt_len + training.max_gen_len)
+    sharded = world() > 1 and training.parallel == "shard" and not is_lora(config)
+    model = shard(model, device) if sharded else model
     anchor = optimizer = None
     if for_training:
         anchor = FrozenBase(model) if is_lora(config) else load_model(config, device).requires_grad_(False)
+        anchor = shard(anchor, device) if sharded else anchor
         optimizer = build_optimizer(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             learning_rate=training.learning_rate,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from src.packing import PackedBatch
+from src.sharding import within
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # tokens x vocabulary of the largest logits tensor
 
@@ -40,12 +41,17 @@ def head_logits(model, hidden: Tensor) -> Tensor:
     return logits
 
 
-def hidden_states(model, batch: PackedBatch) -> Tensor:
-    """Hidden states [N, hidden] from which the completion tokens are predicted."""
+def decode(model, batch: PackedBatch) -> Tensor:
+    """Last hidden states [1, T, hidden] of a packed row."""
     output = model.get_decoder()(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, attention_plan=batch.attention_plan
     )
-    return output.last_hidden_state[0].index_select(0, batch.predictor_index)
+    return output.last_hidden_state
+
+
+def hidden_states(model, batch: PackedBatch) -> Tensor:
+    """Hidden states [N, hidden] from which the completion tokens are predicted."""
+    return within(model, decode, batch)[0].index_select(0, batch.predictor_index)
 
 
 def score_chunk(model, hidden, target_ids, temperature, anchor, anchor_hidden, kl_direction):

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 from tqdm import tqdm
 
+from src.distributed import gather
 from src.storage import StorageError, storage_problem, write_file
 
 logger = logging.getLogger("grpo")
@@ -222,20 +223,26 @@ class Means:
         self.counts: dict[str, int] = defaultdict(int)
 
     def add(self, name: str, values: Tensor) -> None:
-        values = values.detach()
-        if values.numel() == 0:
-            return
+        if values.numel() > 0:
+            extreme = name.endswith(("_min", "_max"))
+            value = getattr(values.detach(), name[-3:] if extreme else "sum")()
+            self.merge(name, float(value), 1 if extreme else values.numel())
+
+    def merge(self, name: str, value: float, count: int) -> None:
         if name.endswith(("_min", "_max")):
             chosen = min if name.endswith("_min") else max
-            value = float(getattr(values, name[-3:])())
-            self.totals[name] = chosen(self.totals.get(name, value), value)
-            self.counts[name] = 1
+            self.totals[name], self.counts[name] = chosen(self.totals.get(name, value), value), 1
         else:
-            self.totals[name] = self.totals.get(name, 0.0) + float(values.sum())
-            self.counts[name] += values.numel()
+            self.totals[name] = self.totals.get(name, 0.0) + value
+            self.counts[name] += count
 
     def result(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.totals.items()}
+        """Over all processes of the run."""
+        means = Means()
+        for totals, counts in gather((self.totals, dict(self.counts))):
+            for name, value in totals.items():
+                means.merge(name, value, counts[name])
+        return {name: value / means.counts[name] for name, value in means.totals.items()}
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -25,6 +25,7 @@ from src.checkpoint import (
     seed_everything,
 )
 from src.config import Config, ConfigError, RunError, TrainingConfig, dump_config
+from src.distributed import from_main, on_main, share, together, total, world
 from src.evaluate import (
     accuracy_line,
     answers_of,
@@ -44,6 +45,7 @@ from src.prepare import Run, describe, is_lora, prepare
 from src.rl_datasets import Problem
 from src.sampler import SamplingSettings, rollout
 from src.scoring import score
+from src.sharding import evened, full, load_full_state, release, sum_gradients, whole
 from src.stop import Stopped, StopSignal
 from src.storage import RunLock, set_aside, write_file
 from src.telemetry import Means, Telemetry, configure_logging, peak_memory
@@ -89,8 +91,14 @@ def sample(
         max_retry_rounds=training.max_retry_rounds,
         **truncation,
     )
-    groups = rollout(run.model, run.tokenizer, problems, samples, settings, check_stop)
-    return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
+
+    def of_my_share() -> list[Group]:
+        mine = share(problems)
+        groups = rollout(run.model, run.tokenizer, mine, samples, settings, check_stop) if mine else []
+        return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
+
+    with whole(run.model):
+        return together(of_my_share)
 
 
 def add_advantages(groups: list[Group], training: TrainingConfig, task=None) -> list[Group]:
@@ -147,11 +155,14 @@ def weighted_sum(value: Tensor, batch, per_episode: bool = False) -> Tensor:
 
 
 def microbatches(run: Run, groups: list[Group]):
-    """Packed batches of the configured size; a loss over a group keeps it whole."""
+    """Packed batches of this process's share, of the configured size; a loss over a group keeps it whole."""
     training = run.config.training
-    whole = PENALTIES[training.loss_type].is_objective
-    for pieces in split_into_microbatches(groups, training.micro_batch_size, training.max_tokens_per_microbatch, whole):
-        yield pack(pieces, run.model.device, run.model.dtype)
+    keep_whole = PENALTIES[training.loss_type].is_objective
+    mine = share(groups, [sum(len(episode.token_ids) for episode in group.episodes) for group in groups])
+    size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
+    split = list(split_into_microbatches(mine, size, budget, keep_whole))
+    for pieces, counts in evened(run.model, split, groups):
+        yield replace(pack(pieces, run.model.device, run.model.dtype), counts=counts)
 
 
 def loss_of_microbatch(run: Run, batch, training: TrainingConfig, on_policy: bool, use_anchor: bool):
@@ -198,7 +209,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     rate = learning_rate_at(step, run.max_steps, training)
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = rate
-    means, sums, skipped = Means(), defaultdict(float), 0
+    means, sums, norms, skipped = Means(), defaultdict(float), 0.0, 0
     for index in range(updates):
         weighted = add_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
         # a group without variance then has no gradient: it is computed only where the whole step is to be measured
@@ -207,7 +218,8 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
         if not weighted:
             continue
         with dropout_of_update(run, step, index):
-            results = backward(run, weighted, training, updates == 1, use_anchor, stoppable=index == 0)
+            stoppable = index == 0 and world() == 1  # nobody leaves where others wait
+            results = backward(run, weighted, training, updates == 1, use_anchor, stoppable)
         for measured, parts in results:
             if index > 0 or is_offline(run):  # the policy has moved since it sampled, or did not sample
                 measured.pop("rollout/mismatch")
@@ -215,8 +227,9 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
                 means.add(name, values)
             for name, value in parts.items():
                 sums[name] += float(value) / updates
-        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm))
-        sums["train/grad_norm"] += norm / updates
+        sum_gradients(run.model)
+        norm = float(full(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm)))
+        norms += norm / updates
         if math.isfinite(norm):
             run.mid_update = True  # until its end the weights are of no step
             run.optimizer.step()
@@ -224,7 +237,8 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
             skipped += 1
             logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
         run.optimizer.zero_grad(set_to_none=True)
-    metrics = means.result() | dict(sums) | {"train/learning_rate": rate, "train/skipped_updates": skipped}
+    metrics = means.result() | total(sums)
+    metrics |= {"train/grad_norm": norms, "train/learning_rate": rate, "train/skipped_updates": skipped}
     metrics |= steer(run, metrics, step)
     run.mid_update = False
     return metrics
@@ -255,7 +269,8 @@ def backward(
                 run.check_stop()
             loss, *measured_and_parts = loss_of_microbatch(run, batch, training, on_policy, use_anchor)
             loss.backward()
-            results.append([{name: value.detach() for name, value in d.items()} for d in measured_and_parts])
+            if batch.counts:
+                results.append([{name: value.detach() for name, value in d.items()} for d in measured_and_parts])
         return results
 
     return in_parts_that_fit(run, groups, compute)
@@ -292,10 +307,11 @@ def add_old_logprobs(run: Run, groups: list[Group]) -> list[Group]:
         episodes = []
         for batch in microbatches(run, groups):
             logprobs = score(run.model, batch, run.config.training.temperature).logprobs
-            episodes += [tuple(part.tolist()) for part in logprobs.split(batch.lengths.tolist())]
+            if batch.counts:
+                episodes += [tuple(part.tolist()) for part in logprobs.split(batch.lengths.tolist())]
         return episodes
 
-    rows = iter(in_parts_that_fit(run, groups, compute))
+    rows = iter(together(lambda: in_parts_that_fit(run, groups, compute)))
     return [replace(g, episodes=tuple(replace(e, old_logprobs=next(rows)) for e in g.episodes)) for g in groups]
 
 
@@ -327,7 +343,7 @@ def evaluate(run: Run, report: Path | None = None, dataset: str = "") -> dict[st
         sampling = {"temperature": temperature, "samples": samples, "max_gen_len": run.config.training.max_gen_len}
         about = {"dataset": dataset, "split": data.eval_split, "sampling": sampling | truncation}
         about["config"] = asdict(run.config)
-        write_report(report, about, metrics, greedy, sampled)
+        on_main(write_report, report, about, metrics, greedy, sampled)
     return metrics
 
 
@@ -339,7 +355,7 @@ def evaluate_ranking(run: Run, report: Path | None, dataset: str) -> dict[str, f
     metrics = ranking_metrics(scores, means)
     if report is not None:
         about = {"dataset": dataset, "split": run.config.data.eval_split, "config": asdict(run.config)}
-        write_report(report, about, metrics, [], groups)
+        on_main(write_report, report, about, metrics, [], groups)
     return metrics
 
 
@@ -364,17 +380,18 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     groups = add_advantages(groups, training, run.task)
     rolled_out = time.perf_counter()
     metrics = update(run, groups, step)
+    release(run.anchor)
     seconds = {"time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out}
     episodes = [episode for group in groups for episode in group.episodes]
     tokens = sum(len(episode.token_ids) for episode in episodes)
-    for part in episodes[0].reward_parts:
-        metrics[f"train/{part}"] = sum(e.reward_parts[part] for e in episodes) / len(episodes)
+    for part in {part: None for e in episodes for part in e.reward_parts}:
+        metrics[f"train/{part}"] = sum(e.reward_parts.get(part, 0.0) for e in episodes) / len(episodes)
     metrics["train/reward"] = sum(e.reward for e in episodes) / len(episodes)  # what was trained on
     flat = sum(all(e.advantage == 0 for e in group.episodes) for group in groups)
     metrics |= {
         "train/groups_without_variance": flat / len(groups),
         "rollout/failed_groups": len(questions) - len(groups),
-        "rewards/errors": sum(run.rewards.faults.values()),
+        "rewards/errors": sum(total({name: count for (name, _), count in run.rewards.faults.items()}).values()),
         "rollout/length": tokens / len(episodes),
         "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
         "rollout/tokens_per_second": tokens / seconds["time/rollout"],
@@ -392,20 +409,20 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
         check_same_experiment(folder, config)
     run = prepare(config, dataset_name)
     if fresh and folder.exists():  # only now: a config that cannot run moves nothing
-        with RunLock(folder):
-            set_aside(folder)
-    with RunLock(folder):
-        newest = newest_checkpoint(folder / "checkpoints")
+        with on_main(RunLock, folder):
+            on_main(set_aside, folder)
+    with on_main(RunLock, folder):
+        newest = from_main(newest_checkpoint, folder / "checkpoints")
         trust = config.model.trust_remote_code
         state = load_checkpoint(newest, run.model, run.optimizer, run.controllers, trust) if newest else None
         if state and state["step"] >= run.max_steps and finished_step(folder / "final") == state["step"]:
             logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
-            push(run, folder, state["first_evaluation"], state["last_evaluation"])
+            on_main(push, run, folder, state["first_evaluation"], state["last_evaluation"])
             return state["last_evaluation"]
         if state is None:  # nothing here draws from these, but a reward function of the user's may
             seed_everything(config.training.random_seed)
-        write_file(folder / "config.yaml", dump_config(config))
-        telemetry = Telemetry(folder, state["step"] + 1 if state else 0, run.max_steps)
+        on_main(write_file, folder / "config.yaml", dump_config(config))
+        telemetry = on_main(Telemetry, folder, state["step"] + 1 if state else 0, run.max_steps)
         describe(run, dataset_name)
         logger.info(f"run folder {folder}")
         try:
@@ -427,7 +444,7 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
     if state:
         logger.info(f"going on after step {state['step']}")
         if "anchor" in state:
-            run.anchor.load_state_dict(state["anchor"])
+            load_full_state(run.anchor, state["anchor"])
         first, last = state["first_evaluation"], state["last_evaluation"]
     else:
         first = last = evaluate(run)
@@ -442,14 +459,14 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
     def save() -> None:
         extra = {"first_evaluation": first, "last_evaluation": last, "bad_steps": bad, "unwritten": unwritten}
         if training.reference_sync_steps:
-            extra["anchor"] = run.anchor.state_dict()
+            extra["anchor"] = full(run.anchor.state_dict())
         evaluated = unwritten is None and evaluates_at(run, done)
         save_checkpoint(folder / "checkpoints", done, run.model, run.tokenizer, run.optimizer, run.controllers, extra,
                         training.keep_checkpoints, headline(last) if evaluated else None)  # fmt: skip
 
     while done < run.max_steps or unwritten is not None:
         try:
-            run.check_stop()
+            together(run.check_stop)
             if unwritten is None:
                 unwritten, groups = train_step(run, done + 1)
                 done += 1
@@ -475,7 +492,7 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
             logger.info(f"step {done}/{run.max_steps}: {accuracy_line(last)}")
         bad = bad + 1 if metrics["train/skipped_updates"] else 0
         if bad:
-            keep_bad_batch(folder / "bad_steps", done, groups)
+            on_main(keep_bad_batch, folder / "bad_steps", done, groups)
         if done == run.max_steps or bad >= training.max_bad_steps or due(done, training.ckpt_save_interval):
             save()
             saved = done
@@ -512,7 +529,7 @@ def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict,
     logger.info(f"before training: {accuracy_line(first)}")
     logger.info(f"after training:  {accuracy_line(last)}")
     logger.info(f"model in {final}; curves: tensorboard --logdir {folder.parent}")
-    push(run, folder, first, last)
+    on_main(push, run, folder, first, last)
 
 
 def push(run: Run, folder: Path, first: dict, last: dict) -> None:
@@ -537,9 +554,9 @@ def run_evaluation(config: Config, dataset_name: str, work_dir: str | Path = "."
     run = prepare(config, dataset_name, for_training=False)
     folder = run_folder(config, f"{dataset_name}_eval", work_dir)
     if (folder / "report.json").exists():  # perhaps of another model
-        with RunLock(folder):
-            set_aside(folder)
-    with RunLock(folder):
+        with on_main(RunLock, folder):
+            on_main(set_aside, folder)
+    with on_main(RunLock, folder):
         metrics = evaluate(run, folder, dataset_name)
     logger.info(accuracy_line(metrics))
     logger.info(f"report.json and completions.jsonl are in {folder}")
