@@ -87,7 +87,7 @@ def save_model(model, tokenizer, folder: Path, step: int | None = None) -> None:
 
 def finished_step(folder: Path) -> int | None:
     """The step whose weights final/ holds; None if it is not there or not as it was written."""
-    return read_manifest(folder)["step"] if find_damage(folder) is None else None
+    return (read_manifest(folder) or {}).get("step") if find_damage(folder) is None else None
 
 
 def seed_everything(seed: int) -> None:
@@ -104,7 +104,7 @@ def random_states() -> dict:
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python_rng": random.getstate(),
-        "numpy_rng": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy_rng": (kind, torch.from_numpy(np.array(keys, np.int64)), position, has_gauss, gauss),
     }
 
 

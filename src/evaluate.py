@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def answers_of(task, texts: Iterable[str]) -> list[str | None]:
     """The answers that are voted on: by the task's answer_of if it has one, else src.grading.final_answer."""
     if not hasattr(task, "answer_of"):
         return [final_answer(text) for text in texts]
-    answers = [guarded(lambda text=text: task.answer_of(text), ANSWER_SECONDS) for text in texts]
+    answers = [guarded(partial(task.answer_of, text), ANSWER_SECONDS) for text in texts]
     faults = [answer for answer in answers if isinstance(answer, Fault)]
     if faults:
         logger.warning(

@@ -18,6 +18,7 @@ import time
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 from src.config import ConfigError
 
@@ -336,10 +337,10 @@ def math_is_correct(answer: str, reference: str, seconds: float = 5.0) -> bool:
     if is_words(reference):
         return words_of(answer) == words_of(reference)
     answer, reference = unwrapped(answer), unwrapped(reference)
-    plain = [NUMBER.fullmatch(simple_fractions(text)) for text in (answer, reference)]
-    if all(plain):
-        value = value_of(plain[0])
-        return value is not None and value == value_of(plain[1])
+    plain, plain_reference = (NUMBER.fullmatch(simple_fractions(text)) for text in (answer, reference))
+    if plain and plain_reference:
+        value = value_of(plain)
+        return value is not None and value == value_of(plain_reference)
     # what math-verify would read in the writer's favour: `1 2 3` as 6, `5 \text{ or 6}` as 5, `11_3` and `11_2` as 11
     if has_foreign_digits(answer) or UNCLEAR_MATH.search(answer):
         return False
@@ -351,10 +352,17 @@ def math_is_correct(answer: str, reference: str, seconds: float = 5.0) -> bool:
     return ask_worker(answer, reference, seconds)
 
 
-def start_worker() -> subprocess.Popen:
+class Worker(subprocess.Popen):
+    """A process with both pipes, always."""
+
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+
+
+def start_worker() -> Worker:
     """A process that runs `serve`, ready to grade. It never sees this process's main module, torch or terminal."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); from src.grading import serve; serve()"
-    worker = subprocess.Popen(
+    worker = Worker(
         [sys.executable, "-P", "-c", code, str(Path(__file__).resolve().parent.parent)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -378,7 +386,7 @@ def start_worker() -> subprocess.Popen:
     return worker
 
 
-def stop_worker(worker: subprocess.Popen) -> None:
+def stop_worker(worker: Worker) -> None:
     """Kill it and leave nothing of it behind."""
     worker.kill()
     worker.wait()
@@ -386,7 +394,7 @@ def stop_worker(worker: subprocess.Popen) -> None:
     worker.stdout.close()
 
 
-def read_line(worker: subprocess.Popen, seconds: float) -> str:
+def read_line(worker: Worker, seconds: float) -> str:
     """Its next line; TimeoutError after so many seconds, EOFError if it is dead."""
     poll = select.poll()  # select.select knows only the first 1024 files of a process
     poll.register(worker.stdout, select.POLLIN)
@@ -434,7 +442,7 @@ def forget_worker() -> None:
     WORKER, WORKER_LOCK = None, threading.Lock()
 
 
-WORKER: subprocess.Popen | None = None
+WORKER: Worker | None = None
 WORKER_LOCK = threading.Lock()
 os.register_at_fork(after_in_child=forget_worker)
 

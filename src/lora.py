@@ -30,7 +30,7 @@ def add_adapter(model, lora: LoraConfig, seed: int) -> peft.PeftModel:
     """Freeze the model and put an adapter into it: a new one, zero at the start, or the one saved in `lora.path`."""
     if Path(model.name_or_path).is_dir():  # so that peft finds the base again, from wherever it is called
         model.name_or_path = str(Path(model.name_or_path).resolve())
-    adapter = saved_adapter(lora) if lora.path else new_adapter(model, lora)
+    adapter = saved_adapter(lora, Path(lora.path).expanduser()) if lora.path else new_adapter(model, lora)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
@@ -58,13 +58,16 @@ def new_adapter(model, lora: LoraConfig) -> peft.LoraConfig:
             raise ConfigError(f"lora.target_modules: {wanted} is not a linear layer of this model; those are: {known}")
     names = lora.target_modules or "all-linear"
     return peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=names, lora_dropout=lora.dropout, task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int; any number will do
+        target_modules=names,
+        lora_dropout=lora.dropout,
+        task_type="CAUSAL_LM",
     )
 
 
-def saved_adapter(lora: LoraConfig) -> peft.LoraConfig:
-    """The description of the adapter in `lora.path`; ConfigError when it cannot be trained or is not what was asked."""
-    folder = Path(lora.path).expanduser()
+def saved_adapter(lora: LoraConfig, folder: Path) -> peft.LoraConfig:
+    """The description of the adapter in `folder`; ConfigError when it cannot be trained or is not what was asked."""
     if not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"lora.path: there is no {CONFIG_NAME} in {folder}; give the folder of a peft adapter")
     try:
@@ -90,7 +93,7 @@ def set_dropout(model: peft.PeftModel, on: bool) -> None:
     """Dropout of the adapter's inputs, which is on in the update alone."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.lora_dropout.train(on)
+            module.get_submodule("lora_dropout").train(on)
 
 
 @contextmanager

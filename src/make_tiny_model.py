@@ -13,12 +13,12 @@ import math
 import random
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from src.config import DataConfig
 from src.rl_datasets import Countdown, random_expression, split_of
 
 NUMBER_MAX, TARGET_MAX, LIMIT = 20, 99, 100
@@ -108,7 +108,7 @@ def train_stage(model, tokenizer, generator, steps, batch_size, learning_rate, f
 @torch.inference_mode()
 def accuracy(model, tokenizer, split: str, problems: int = 256, samples: int = 4) -> dict[str, float]:
     """Greedy and sampled (temperature 1) accuracy on a held-out split, by transformers' own generate."""
-    data = SimpleNamespace(
+    data = DataConfig(
         seed=0, eval_size=problems, train_size=problems, number_max=NUMBER_MAX, target_max=TARGET_MAX, num_numbers=[3]
     )
     task = Countdown(data)
@@ -172,7 +172,7 @@ def main() -> None:
         print("after solutions, validation:", json.dumps(accuracy(model, tokenizer, "validation")), flush=True)
     train_stage(model, tokenizer, generator, arguments.habit_steps, 64, 5e-4, 5e-5, arguments.solution_share, "habit")
     print("after habit, validation:", json.dumps(accuracy(model, tokenizer, "validation")), flush=True)
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.bfloat16().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     size = sum(file.stat().st_size for file in Path(arguments.output).iterdir())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.2f} MB in {arguments.output}")

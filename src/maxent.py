@@ -8,7 +8,7 @@ Everything here is small: one row per group, one column per completion, `mask` s
 import json
 import math
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def weight_statistics(weights: Tensor, advantages: Tensor, mask: Tensor | None =
     }
 
 
-def semantic_entropy(answers: list[list[Hashable]], length_normalised_logprobs: Tensor) -> Tensor:
+def semantic_entropy(answers: Sequence[Sequence[Hashable]], length_normalised_logprobs: Tensor) -> Tensor:
     """Entropy over the distinct final answers of each group -> [groups]; a row of answers may be shorter than G.
 
     A cluster's mass is the summed softmax, over the group, of its completions' mean token log-probs. Equal means
@@ -208,12 +208,13 @@ class ControllerSettings:
         if broken:
             raise ValueError(f"controller settings must satisfy {' and '.join(broken)}")
 
-    def target_entropy(self, step: int) -> float:
-        """The weight entropy asked for at this step."""
-        if self.tau_target_entropy_start is None or self.tau_target_anneal_steps <= 0:
-            return self.tau_target_entropy
+    def target_entropy(self, step: int) -> float | None:
+        """The weight entropy asked for at this step; None where none is."""
+        start, end = self.tau_target_entropy_start, self.tau_target_entropy
+        if start is None or end is None or self.tau_target_anneal_steps <= 0:
+            return end
         done = min(max((step - self.tau_warmup_steps) / self.tau_target_anneal_steps, 0.0), 1.0)
-        return (1 - done) * self.tau_target_entropy_start + done * self.tau_target_entropy
+        return (1 - done) * start + done * end
 
 
 @dataclass
@@ -233,15 +234,15 @@ class Controllers:
 
     def update_tau(self, measured_entropy: float, step: int, learning_rate_scale: float = 1.0) -> bool:
         """Move log tau by the distance of the averaged weight entropy from its target: too much entropy, less tau."""
-        settings = self.settings
-        if settings.tau_target_entropy is None or not math.isfinite(measured_entropy):
+        settings, target = self.settings, self.settings.target_entropy(step)
+        if target is None or not math.isfinite(measured_entropy):
             return False
         previous = measured_entropy if self.entropy_average is None else self.entropy_average
         self.entropy_average = settings.entropy_decay * previous + (1 - settings.entropy_decay) * measured_entropy
         if step < settings.tau_warmup_steps:
             return False  # the average already warms, tau waits
         self.tau_updates += 1
-        error = settings.target_entropy(step) - self.entropy_average
+        error = target - self.entropy_average
         before, log_step = self.tau, settings.tau_lr * learning_rate_scale * error
         self.tau = _log_step(before, log_step, settings.tau_min, settings.tau_max)
         return self.tau != before
@@ -285,7 +286,7 @@ class Controllers:
         if set(state) != set(self.state_dict()):
             raise ValueError(f"controller state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
         average = state["entropy_average"]
-        loaded = {"tau": float(state["tau"]), "beta": float(state["beta"])}
+        loaded: dict[str, float | None] = {"tau": float(state["tau"]), "beta": float(state["beta"])}
         loaded["entropy_average"] = None if average is None else float(average)
         loaded |= {name: int(state[name]) for name in ("tau_updates", "beta_updates", "meta_updates")}
         for name, value in loaded.items():

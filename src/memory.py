@@ -77,7 +77,7 @@ def in_parts_that_fit(run, groups: list[Group], compute: Callable[[], list]) -> 
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in reason for w in words):
                 raise
         # outside of the handler, whose traceback would keep the activations alive
-        run.optimizer.zero_grad(set_to_none=True)
+        run.model.zero_grad(set_to_none=True)  # an evaluation has no optimizer
         shrink_microbatches(run, groups, reason)
 
 

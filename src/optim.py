@@ -23,6 +23,7 @@ Left out: amsgrad, maximize, sparse gradients, fp16 parameters, capturing the st
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,10 +256,10 @@ def encoded(states: dict[str, Tensor], betas: tuple[float, float]) -> dict[str, 
     """The inverse, rounded to nearest."""
     if "decoded_momentum" not in states:
         return states
-    moments = [states["decoded_momentum"], states["decoded_variance"]]  # [n] each
-    count, device = moments[0].numel(), moments[0].device
+    count, device = states["decoded_momentum"].numel(), states["decoded_momentum"].device
     size = padded(count)
-    moments = [torch.nn.functional.pad(moment, (0, size - count)) for moment in moments]  # [padded] each
+    momentum = torch.nn.functional.pad(states["decoded_momentum"], (0, size - count))  # [padded]
+    variance = torch.nn.functional.pad(states["decoded_variance"], (0, size - count))  # [padded]
     codes = {
         "momentum": torch.zeros(size, dtype=torch.int8, device=device),
         "variance": torch.zeros(size, dtype=torch.uint8, device=device),
@@ -268,7 +269,7 @@ def encoded(states: dict[str, Tensor], betas: tuple[float, float]) -> dict[str, 
     half = torch.full((size,), 0.5, device=device)
     if count:
         scratch = (torch.zeros_like(half), torch.zeros_like(half))
-        encode_8bit(codes, *moments, scratch, (half, half), ratio_limit(*betas))
+        encode_8bit(codes, momentum, variance, scratch, (half, half), ratio_limit(*betas))
     return states | {name: code[:count] if len(code) == size else code for name, code in codes.items()}
 
 
@@ -277,8 +278,8 @@ def placed_like(parameter: DTensor, state: Tensor) -> Tensor:
     if state.dim() == 0:
         return state
     here = state.view(parameter.to_local().shape)
-    place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-    return DTensor.from_local(here, parameter.device_mesh, parameter.placements, **place)
+    mesh, places = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(here, mesh, places, shape=parameter.shape, stride=parameter.stride())
 
 
 def fitted(saved: dict[str, Tensor], parameter: Tensor, betas: tuple[float, float]) -> dict[str, Tensor]:
@@ -374,9 +375,9 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         if work is None or work.size < size:
             work = self.workspaces[shard.device] = Workspace(shard.device, size)
         # An address is 0 without a gradient; it changes when someone assigns `parameter.data`.
-        gradients = [None if one.grad is None else local(one.grad).reshape(-1) for one in shard.owners]
+        gradients = {i: local(one.grad).reshape(-1) for i, one in enumerate(shard.owners) if one.grad is not None}
         shard.parameters = [local(owner) for owner in shard.owners]
-        addresses = tuple([0 if g is None else p.data_ptr() for g, p in zip(gradients, shard.parameters, strict=True)])
+        addresses = tuple([one.data_ptr() if i in gradients else 0 for i, one in enumerate(shard.parameters)])
         if addresses != shard.addresses or work is not shard.work:
             shard.plan(addresses, work)
         if not shard.chunks:
@@ -460,7 +461,7 @@ def streamed(chunks: list[Chunk], copier: "torch.cuda.Stream | None"):
     All copies run in order on one side stream, so a staging buffer is refilled only after its store has left it.
     (Without a stream, as on the CPU of the tests, the same copies run in the same order.)
     """
-    compute = torch.cuda.current_stream(copier.device) if copier else None
+    compute: Any = torch.cuda.current_stream(copier.device) if copier else None
 
     def copy(pairs) -> "torch.cuda.Event | None":
         with torch.cuda.stream(copier) if copier else nullcontext():

@@ -6,7 +6,8 @@ The attention function is registered with transformers, so every AutoModelForCau
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 from src.config import ConfigError
 from src.rl_datasets import Problem
 
+varlen_attn: Any  # None where torch has none
 try:  # torch >= 2.10; CUDA only
     import inspect
 
@@ -38,7 +40,7 @@ class Episode:
     finished: bool
     text: str
     reward: float = 0.0
-    reward_parts: dict | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0
     token_weight: float = 0.0  # weight of each token in the loss: 1 / (denominator of the whole update)
     episode_weight: float = 0.0  # weight of the episode in the loss: 1 / (episodes of the whole update)
@@ -136,12 +138,14 @@ class PackedAttention:
             return self.attend_varlen(query, key, value, scaling)[None]
         outputs = []
         for tile in self.tiles:
-            tiled = [
+            tiled_query, tiled_key, tiled_value = (
                 x.index_select(0, index).unflatten(0, (tile.segments, -1)).transpose(1, 2)
                 for x, index in ((query, tile.query_index), (key, tile.key_index), (value, tile.key_index))
-            ]  # [S, heads, L or K, D]
+            )  # [S, heads, L or K, D]
             grouped = query.shape[1] != key.shape[1]
-            output = scaled_dot_product_attention(*tiled, attn_mask=tile.mask, scale=scaling, enable_gqa=grouped)
+            output = scaled_dot_product_attention(
+                tiled_query, tiled_key, tiled_value, attn_mask=tile.mask, scale=scaling, enable_gqa=grouped
+            )
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # [S * L, H, D]
         return torch.cat(outputs).index_select(0, self.output_index)[None]
 
@@ -220,8 +224,10 @@ class ProbeAttention(PackedAttention):
     """Notes which layers call the attention function, for sequences as long as they may become."""
 
     def __init__(self, longest: int, device, dtype):
-        super().__init__(*np.array([[0], [2], [0], [0]]), device, dtype)
-        self.longest, self.layers = longest, set()
+        start, length = np.array([0]), np.array([2])
+        super().__init__(start, length, start, start, device, dtype)
+        self.longest = longest
+        self.layers: set[int] = set()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.layers.add(layer)
@@ -286,10 +292,11 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
     def each(values: Iterable, kind: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(list(values), dtype=kind).to(device)
 
+    starts, sizes, prefix_starts, prefix_sizes = np.array(segments).T
     return PackedBatch(
         input_ids=each(ids, torch.long)[None],
         position_ids=each(positions, torch.long)[None],
-        attention_plan=PackedAttention(*np.array(segments).T, device, dtype),
+        attention_plan=PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype),
         predictor_index=each(predictors, torch.long),
         target_ids=flat((episode.token_ids for episode in episodes), torch.long),
         episode_index=torch.arange(len(episodes)).repeat_interleave(lengths).to(device),

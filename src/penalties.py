@@ -6,8 +6,8 @@ loop averages over the step. To add one: write the function under @penalty("name
 src/config.py, and use it in a YAML.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ class PenaltyInputs:
         return torch.zeros(mask.shape, device=values.device, dtype=values.dtype).masked_scatter(mask, values), mask
 
 
-Penalty = Callable[[PenaltyInputs, object], tuple[Tensor, dict[str, Tensor]]]
-PENALTIES: dict[str, Penalty] = {}
+PENALTIES: dict[str, Any] = {}  # functions, with what `penalty` notes on them
 
 
 def penalty(name: str, anchor: bool = True, exact_kl: bool = False, objective: bool = False, per_episode=False):
@@ -55,7 +54,7 @@ def penalty(name: str, anchor: bool = True, exact_kl: bool = False, objective: b
     function of the training config.
     """
 
-    def register(function: Penalty) -> Penalty:
+    def register(function: Any) -> Any:
         function.needs_anchor, function.needs_exact_kl, function.is_objective = anchor, exact_kl, objective
         function.per_episode = per_episode if callable(per_episode) else lambda training: per_episode
         PENALTIES[name] = function
@@ -80,6 +79,7 @@ def no_penalty(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
 @penalty("kl", exact_kl=True, per_episode=lambda training: training.kl_target > 0)
 def exact_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """KL over the whole vocabulary at every sampled position; src/scoring.py computes it in `kl_direction`."""
+    assert inputs.scores.kl is not None  # exact_kl=True asks for it
     return hinge(inputs.scores.kl, training.kl_target, inputs), {}
 
 
@@ -99,6 +99,7 @@ def kl_estimates(logprobs: Tensor, anchor_logprobs: Tensor) -> dict[str, Tensor]
 def approximate_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """A sampled estimate, `kl_estimator`; tokens of an older policy are reweighted by the (constant) ratio."""
     scores = inputs.scores
+    assert scores.anchor_logprobs is not None  # anchor=True asks for it
     estimate = kl_estimates(scores.logprobs, scores.anchor_logprobs)[training.kl_estimator]  # [N]
     log_weight = (scores.logprobs - inputs.batch.old_logprobs).detach().clamp(max=MAX_LOG_RATIO)
     return hinge(log_weight.exp() * estimate, training.kl_target, inputs), {}
@@ -107,6 +108,7 @@ def approximate_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
 @penalty("ot", per_episode=True)
 def optimal_transport(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     """Sinkhorn divergence between the policy's and the anchor's last hidden states along each completion, [E]."""
+    assert inputs.scores.anchor_hidden is not None  # anchor=True asks for it
     value = sinkhorn_divergence(
         inputs.scores.hidden, inputs.scores.anchor_hidden, inputs.batch.episode_index, len(inputs.batch.lengths),
         window=training.ot_window, eps=training.ot_eps, iterations=training.ot_iters, debias=training.ot_debias,
@@ -152,6 +154,7 @@ def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
     advantages of the clipped policy loss. A group whose rewards are all equal contributes nothing.
     """
     scores, batch = inputs.scores, inputs.batch
+    assert scores.anchor_logprobs is not None  # anchor=True asks for it
     reference = inputs.episode_mean if training.length_normalized else inputs.episode_sum
     reference_logprobs, mask = inputs.by_group(reference(scores.anchor_logprobs))  # [groups, G]
     rewards = inputs.by_group(batch.rewards)[0]

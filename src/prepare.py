@@ -6,8 +6,7 @@ Everything a user can get wrong is wrong here, before anything is written.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from src.config import Config, ConfigError, TrainingConfig
 from src.distributed import from_main, world
@@ -31,14 +30,14 @@ class Run:
     """Everything a run holds; the functions of src/train_grpo.py take it."""
 
     config: Config
-    task: object
+    task: Any
     rewards: Rewards
-    tokenizer: object
+    tokenizer: Any
     train_problems: list[Problem]
     eval_problems: list[Problem]
-    model: torch.nn.Module
-    anchor: object  # frozen: the initial policy, or with `anchor: rollout` the one that sampled
-    optimizer: torch.optim.Optimizer
+    model: Any  # of transformers, or of peft around it
+    anchor: Any  # frozen: the initial policy, or with `anchor: rollout` the one that sampled
+    optimizer: Any  # a torch.optim.Optimizer; None where nothing is trained
     controllers: Controllers  # the live values of tau and beta
     max_steps: int
     eos_ids: tuple[int, ...]

@@ -137,6 +137,7 @@ def load_file(path: str):
         raise ConfigError(f"data.reward_functions: {path} is not a Python file; write an entry as file.py:function")
     name = f"reward functions of {file.resolve()}"
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # there is one for .py
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # there, because dataclasses look it up
     try:
         spec.loader.exec_module(module)
@@ -285,14 +286,17 @@ class Rewards:
                     f'{self.task_name}.reward must return a dict with "reward" and "answer", or a number; its dict has '
                     f"no {part}"
                 )
+        parts = {}
         for part, value in given.items():
             if part in RESERVED_NAMES - {"reward", "answer"}:
                 raise ConfigError(f"{self.task_name}.reward: the part {part} is a metric of the loop; rename it")
-            if number_of(value) is None:
+            number = number_of(value)
+            if number is None:
                 raise ConfigError(
                     f"{self.task_name}.reward: the part {part} is {short_repr(value)}; every part must be a number"
                 )
-        return {part: number_of(value) for part, value in given.items()}
+            parts[part] = number
+        return parts
 
     def function_values(self, function: RewardFunction, pairs: list[tuple]) -> list[float]:
         """One call of a reward function for all completions; 0 where it went wrong."""
@@ -301,7 +305,7 @@ class Rewards:
 
         def call():
             rows = [copy.deepcopy(problem.reference) for problem, _ in pairs]
-            keywords = {column: [row.get(column) for row in rows] for column in self.columns}
+            keywords = {column: [row.get(column) for row in rows] for column in self.columns or ()}
             keywords |= {"completions": [e.text for _, e in pairs], "prompts": [p.prompt_text for p, _ in pairs]}
             if function.accepted is not None:
                 keywords = {name: values for name, values in keywords.items() if name in function.accepted}
@@ -318,11 +322,13 @@ class Rewards:
         if isinstance(values, Fault):
             self.note(function.name, values, len(pairs))
             return [0.0] * len(pairs)
-        numbers = [number_of(value) for value in values]
-        for index, number in enumerate(numbers):
+        numbers = []
+        for value in values:
+            number = number_of(value)
             if number is None or not abs(number) < LARGEST:
-                self.note(function.name, Fault(f"returned {short_repr(values[index])}, not a finite number"), 1)
-                numbers[index] = 0.0
+                self.note(function.name, Fault(f"returned {short_repr(value)}, not a finite number"), 1)
+                number = 0.0
+            numbers.append(number)
         return numbers
 
     def note(self, name: str, fault: Fault, completions: int) -> None:

@@ -20,6 +20,7 @@ import random
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -70,15 +71,16 @@ class Problem:
 class Task:
     """Rows from data.path or the hub, and one user message. A task of your own may inherit this, but need not."""
 
-    hub_id = hub_subset = eval_hub_id = None  # where the rows come from without data.path
+    hub_id: str | None = None  # where the rows come from without data.path
+    hub_subset: str | None = None
+    eval_hub_id: str | None = None
     columns: ClassVar[dict] = {}  # config key -> names of that column in the source; rows have it by the first name
     system_prompt, response_prefix = SYSTEM_PROMPT, RESPONSE_PREFIX
     user_prompt = "{prompt}"  # filled from the row
     offline = False
-    eval_is_generated = False  # then there is no split to take a part of
-    side_of = None  # fn(row) -> split, for a source that is not divided
+    side_of: Callable[[dict], str] | None = None  # row -> split, for a source that is not divided
 
-    def __init__(self, data):
+    def __init__(self, data: DataConfig):
         self.data = data
 
     def load(self, split: str) -> list[dict]:
@@ -255,7 +257,8 @@ class Countdown(Task):
         size = data.train_size if split == "train" else data.eval_size or GENERATED_EVAL_SIZE
         generator = random.Random(f"countdown {split} {data.seed}")
         limit = max(100, 2 * data.number_max)
-        rows, attempts = [], 0
+        rows: list[dict] = []
+        attempts = 0
         while len(rows) < size:
             attempts += 1
             if attempts > MAX_ATTEMPTS:  # since the last one found
@@ -435,6 +438,7 @@ def own_tasks(file: str) -> dict[str, type]:
     if not os.path.isfile(file) or not file.endswith(".py"):
         raise ConfigError(f"data.task_file: {file} is not a Python file; name one with a class for the task")
     spec = importlib.util.spec_from_file_location(OWN_MODULE, file)
+    assert spec is not None and spec.loader is not None  # there is one for .py
     module = sys.modules[OWN_MODULE] = importlib.util.module_from_spec(spec)  # there, because dataclasses look it up
     with in_user_code(OWN_MODULE, "data.task_file cannot be imported"):
         spec.loader.exec_module(module)

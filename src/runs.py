@@ -148,7 +148,7 @@ def mean_and_band(runs: list[Run], tag: str) -> tuple[np.ndarray, np.ndarray, np
     curves = [curve for curve in curves if curve]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     if not steps:
-        return tuple(np.array([]) for _ in range(4))
+        return np.array([]), np.array([]), np.array([]), np.array([])
     table = np.array([[curve[step] for step in steps] for curve in curves])  # [runs, steps]
     return np.array(steps), table.mean(0), table.min(0), table.max(0)
 
@@ -167,7 +167,7 @@ def frontier(
     accuracy, distance = (dict(zip(*mean_and_band(runs, name)[:2], strict=True)) for name in (tag, distance_tag))
     distance[0] = 0.0
     steps = sorted(accuracy.keys() & distance.keys())
-    return tuple(np.array(column) for column in (steps, [distance[s] for s in steps], [accuracy[s] for s in steps]))
+    return np.array(steps), np.array([distance[s] for s in steps]), np.array([accuracy[s] for s in steps])
 
 
 def summary(runs: list[Run], tag: str = "eval/pass@1") -> list[dict]:

@@ -98,14 +98,14 @@ def score(
             batch.target_ids[chunk],
             temperature,
             anchor,
-            None if anchor is None else anchor_hidden[chunk],
+            None if anchor_hidden is None else anchor_hidden[chunk],
             kl_direction,
         )
         if len(hidden) > chunk_tokens and torch.is_grad_enabled():
             parts.append(checkpoint(score_chunk, *arguments, use_reentrant=False))
         else:
             parts.append(score_chunk(*arguments))
-    logprobs, entropy, anchor_logprobs, kl = (
-        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    )
+    columns = list(zip(*parts, strict=True))
+    logprobs, entropy = map(torch.cat, columns[:2])
+    anchor_logprobs, kl = (None if column[0] is None else torch.cat(column) for column in columns[2:])
     return Scores(logprobs, entropy, hidden, anchor_logprobs, anchor_hidden, kl)

@@ -50,7 +50,7 @@ def within(model, function: Callable, *arguments) -> Any:
 @contextmanager
 def whole(model) -> Iterator[None]:
     """All weights on every rank: in a rollout each does another number of steps and cannot wait for the others."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
@@ -126,7 +126,7 @@ def cut_states(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
     }
 
 
-def full_state(model) -> dict[str, dict[str, Tensor]]:
+def full_state(model) -> dict[str, Any]:
     """What save_pretrained needs to be told of a sharded model: its weights, whole, on rank 0."""
     if not is_sharded(model):
         return {}

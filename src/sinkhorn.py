@@ -46,8 +46,8 @@ def sinkhorn_divergence(
     if backend == "pot":
         lengths = torch.bincount(episode_index, minlength=episodes).tolist()
         problems = [paths for pair in pairs for paths in zip(*(path.split(lengths) for path in pair), strict=True)]
-        values = [_pot_value(*paths, window, eps, iterations, taper, unroll) for paths in problems]
-        values = torch.stack(values).view(len(pairs), episodes)
+        costs = [_pot_value(left, right, window, eps, iterations, taper, unroll) for left, right in problems]
+        values = torch.stack(costs).view(len(pairs), episodes)
     elif backend == "band":
         # The three problems lie end to end too, so the iterations run once for all of them.
         kernel = torch.cat([_log_kernel(*pair, episode_index, window, eps, taper) for pair in pairs])

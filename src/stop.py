@@ -26,6 +26,7 @@ class StopSignal:
     def __init__(self):
         self.number = 0
         self.before = {number: signal.signal(number, self.handle) for number in self.NUMBERS}
+        self.writer: int | None
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)

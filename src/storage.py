@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -149,7 +150,8 @@ class RunLock:
     """One process at a time in a run folder: `with RunLock(folder):`. The system lets go of it however we end."""
 
     def __init__(self, folder: Path):
-        self.folder, self.file = folder, None
+        self.folder = folder
+        self.file: TextIO | None = None
 
     def __enter__(self):
         path = self.folder / ".lock"
@@ -157,7 +159,7 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             while self.file is None:
                 self.file = path.open("a+", encoding="utf-8")
-                self.take()
+                self.take(self.file)
                 if not path.exists() or not os.path.samestat(os.fstat(self.file.fileno()), path.stat()):
                     self.__exit__()  # --fresh of another process has just moved the folder
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,13 +171,13 @@ class RunLock:
             raise StorageError(str(self.folder), error, "nothing has been changed") from error
         return self
 
-    def take(self) -> None:
+    def take(self, file: TextIO) -> None:
         """Lock the open file, or say who has it."""
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.file.seek(0)
-            owner = self.file.read().strip() or "unknown"
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
             self.__exit__()
             raise ConfigError(
                 f"another process (pid {owner}) is using {self.folder}; wait for it or use another config name"

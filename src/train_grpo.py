@@ -209,7 +209,8 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     rate = learning_rate_at(step, run.max_steps, training)
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = rate
-    means, sums, norms, skipped = Means(), defaultdict(float), 0.0, 0
+    means, norms, skipped = Means(), 0.0, 0
+    sums: dict[str, float] = defaultdict(float)
     for index in range(updates):
         weighted = add_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
         # a group without variance then has no gradient: it is computed only where the whole step is to be measured
@@ -281,7 +282,7 @@ def steer(run: Run, metrics: dict[str, float], step: int) -> dict[str, float]:
     training, controllers = run.config.training, run.controllers
     if "maxent/weight_entropy" in metrics:
         measured = metrics["maxent/weight_entropy"]
-        if training.meta_lr > 0:
+        if training.meta_lr > 0 and training.tau_target_entropy is not None:
             error = 2 * (measured - training.tau_target_entropy)
             slopes = [error * metrics[f"maxent/entropy_slope_{name}"] for name in ("tau", "beta")]
             controllers.meta_step(*slopes)
@@ -351,7 +352,7 @@ def evaluate_ranking(run: Run, report: Path | None, dataset: str) -> dict[str, f
     """Offline: does the policy prefer the completions of the held-out groups that have the better scores?"""
     groups = add_old_logprobs(run, given_groups(run.eval_problems, run.tokenizer, run.eos_ids, run.config.training))
     scores = [[e.reward for e in group.episodes] for group in groups]
-    means = [[sum(e.old_logprobs) / len(e.old_logprobs) for e in group.episodes] for group in groups]
+    means = [[sum(e.old_logprobs) / len(e.old_logprobs) for e in group.episodes if e.old_logprobs] for group in groups]
     metrics = ranking_metrics(scores, means)
     if report is not None:
         about = {"dataset": dataset, "split": run.config.data.eval_split, "config": asdict(run.config)}
@@ -453,7 +454,8 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
         state = {"step": 0, "bad_steps": 0, "unwritten": None}
     done = saved = state["step"]
     # metrics of a step that was taken, and saved, but not yet evaluated and written
-    bad, unwritten, groups = state["bad_steps"], state["unwritten"], []
+    bad, unwritten = state["bad_steps"], state["unwritten"]
+    groups: list[Group] = []
     metrics = last
 
     def save() -> None:

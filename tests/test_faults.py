@@ -70,6 +70,19 @@ def test_an_update_that_runs_out_of_memory_is_done_again_in_smaller_parts(memory
         assert gradients[1][1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
+def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_parts(memory_for, tmp_path):
+    """--eval_only on a file of scores: a run without an optimizer scores the completions too."""
+    completions = [{"text": "7 + 8 - " * count + "1", "score": count} for count in (1, 2, 3)]
+    rows = [{"prompt": f"{n}", "nums": [n, 2], "target": n, "completions": completions} for n in range(1, 31)]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_with(f"data.path={tmp_path / 'scored.jsonl'}", "training.old_logprobs=trainer")
+    run = prepare(config, "scored", for_training=False)
+    whole = train_grpo.evaluate(run)
+    tried = memory_for(60)
+    assert train_grpo.evaluate(run) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert tried[0] > 60 and tried[-1] <= 60, "it was too much at first and then fitted"
+
+
 def test_memory_that_does_not_suffice_for_one_completion_is_an_error_that_says_so(memory_for):
     run = prepare(config_with(), "countdown")
     groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
