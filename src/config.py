@@ -153,7 +153,9 @@ class TrainingConfig:
     max_retry_rounds: int = key(
         2, "A prompt whose logits were not finite is sampled again this often, and then left out.", minimum=0
     )
-    micro_batch_size: int = key(8, "Completions a forward and backward pass; never changes the result.", minimum=1)
+    micro_batch_size: int = key(
+        8, "Completions a forward and backward pass; the result depends on it by rounding only.", minimum=1
+    )
     max_tokens_per_microbatch: int | None = key(
         None, "Token budget of a pass, in place of micro_batch_size.", minimum=1
     )
