@@ -130,7 +130,10 @@ def full_state(model) -> dict[str, Any]:
     """What save_pretrained needs to be told of a sharded model: its weights, whole, on rank 0."""
     if not is_sharded(model):
         return {}
-    return {"state_dict": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))}
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    live = {name: local(tensor).data_ptr() for name, tensor in model.state_dict().items()}
+    first = {place: name for name, place in reversed(live.items())}  # tied weights are one tensor and must stay one
+    return {"state_dict": {name: state[first[live[name]]] for name in state}}
 
 
 def load_full_state(model, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,245 @@
+"""2 and 4 processes do what one does: gradients, weights, controllers, checkpoints; and what happens when one dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src import distributed
+from src.config import ConfigError, load_config
+from src.distributed import Nothing, from_main, gather, on_main, share, together, total
+
+PROJECT = Path(__file__).resolve().parent.parent
+TINY = PROJECT / "configs" / "configs_tiny"
+SMALL = ["model.dtype=float32", "data.train_size=64", "data.eval_size=5", "data.eval_samples=2",
+         "training.num_questions_per_batch=6", "training.batch_size=24", "training.max_steps=5",
+         "training.eval_interval=0", "training.ckpt_save_interval=3", "training.micro_batch_size=8",
+         "training.minibatches=2"]  # fmt: skip
+# a reward scaled over the batch, a moving beta, a reference that is synchronised, several updates a rollout
+HARD = [*SMALL, "training.scale_rewards=batch", "training.beta_kl_target=0.001", "training.beta_horizon=5",
+        "training.reference_sync_steps=2", "training.inner_epochs=2"]  # fmt: skip
+TWO_BYTES = [*SMALL, "model.dtype=bfloat16", "training.memory_efficient_adamw=true"]
+LORA = [*SMALL, "lora.r=4", "lora.alpha=8"]
+
+
+def config_file(loss_type: str) -> str:
+    (file,) = TINY.glob(f"config_{loss_type}_*.yaml")
+    return str(file)
+
+
+def launch(count: int, tasks: list, folder: Path, **options) -> subprocess.Popen:
+    """torchrun with the worker; its output goes to <folder>/output.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps({"tasks": tasks, "folder": str(folder)}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
+               distributed_worker.__file__, str(plan)]  # fmt: skip
+    paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    with (folder / "output.txt").open("w") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, **options)
+
+
+def results(count: int, tasks: list, folder: Path) -> list[list]:
+    """Per task what each process found."""
+    process = launch(count, tasks, folder)
+    assert process.wait(240) == 0, (folder / "output.txt").read_text()[-6000:]
+    return [[torch.load(folder / f"task_{t}_rank_{r}.pt") for r in range(count)] for t in range(len(tasks))]
+
+
+def distance(ours: dict, theirs: dict) -> float:
+    """The largest relative difference of a tensor."""
+    assert ours.keys() == theirs.keys() and ours
+    return max(
+        float((ours[name].double() - theirs[name].double()).norm() / theirs[name].double().norm()) for name in theirs
+    )
+
+
+def final_weights(folder: Path) -> dict:
+    (final,) = folder.glob("runs/*/final")
+    (file,) = final.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    """What one process does."""
+    folder = tmp_path_factory.mktemp("alone")
+    kl = load_config(config_file("kl"), HARD)
+    return {
+        "folder": folder,
+        "gradient": distributed_worker.gradient_of_a_step(kl),
+        "maxent": distributed_worker.gradient_of_a_step(load_config(config_file("maxent"), SMALL)),
+        "run": distributed_worker.train(kl, str(folder / "kl")),
+        "lora": distributed_worker.train(load_config(config_file("kl"), LORA), str(folder / "lora")),
+        "two_bytes": distributed_worker.train(load_config(config_file("kl"), TWO_BYTES), str(folder / "two_bytes")),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict:
+    """What two processes do."""
+    folder, kl = tmp_path_factory.mktemp("two"), config_file("kl")
+    replicated = [*HARD, "training.parallel=replicate"]
+    tasks = {
+        "gradient": ["gradient", kl, HARD, ""],
+        "replicated gradient": ["gradient", kl, replicated, ""],
+        "maxent": ["gradient", config_file("maxent"), SMALL, ""],
+        "run": ["train", kl, HARD, str(folder / "run")],
+        "replicated run": ["train", kl, replicated, str(folder / "replicated")],
+        "lora": ["train", kl, LORA, str(folder / "lora")],
+        "two_bytes": ["train", kl, TWO_BYTES, str(folder / "two_bytes")],
+        "begun": ["train", kl, [*HARD, "training.max_steps=3"], str(folder / "begun")],
+    }
+    return dict(zip(tasks, results(2, list(tasks.values()), folder), strict=True)) | {"folder": folder}
+
+
+def test_two_processes_have_the_gradient_of_one(alone, two):
+    for name, expected in (("gradient", "gradient"), ("replicated gradient", "gradient"), ("maxent", "maxent")):
+        for found in two[name]:
+            assert distance(found, alone[expected]) < 1e-6
+
+
+def test_two_processes_end_with_the_weights_of_one(alone, two):
+    for name in ("run", "replicated run"):
+        for found in two[name]:
+            assert distance(found["weights"], alone["run"]["weights"]) < 1e-6
+    assert distance(final_weights(two["folder"] / "run"), final_weights(alone["folder"] / "kl")) < 1e-6
+    assert distance(two["lora"][1]["weights"], alone["lora"]["weights"]) < 1e-4  # these began at zero
+    assert distance(final_weights(two["folder"] / "lora"), final_weights(alone["folder"] / "lora")) < 1e-4
+
+
+def test_controllers_and_metrics_agree_on_all_ranks_and_with_one_process(alone, two):
+    for name in ("run", "replicated run", "two_bytes"):
+        first, second = two[name]
+        assert first["controllers"] == second["controllers"] and first["last"] == second["last"]
+        for metric, value in first["metrics"].items():
+            if not metric.startswith(("time/", "memory/")) and "per_second" not in metric:
+                assert value == second["metrics"][metric], metric
+    expected, found = alone["run"], two["run"][0]
+    assert found["controllers"]["beta"] != load_config(config_file("kl"), HARD).training.beta
+    for name, value in expected["controllers"].items():
+        assert found["controllers"][name] == (value if value is None else pytest.approx(value, rel=1e-4)), name
+    same = {m for m in expected["metrics"] if m.startswith(("train/", "eval/", "rollout/length", "rollout/fin"))}
+    assert same <= found["metrics"].keys() and "train/kl_k3" in same
+    for metric in same:
+        assert found["metrics"][metric] == pytest.approx(expected["metrics"][metric], rel=1e-3, abs=1e-6), metric
+
+
+def test_bf16_with_small_states_does_nearly_what_one_process_does(alone, two):
+    """The order of rounding and the blocks of 8-bit moments differ, so only nearly."""
+    here = {name: weight.float() for name, weight in two["two_bytes"][0]["weights"].items()}
+    assert distance(here, {name: weight.float() for name, weight in alone["two_bytes"]["weights"].items()}) < 0.02
+
+
+def test_only_one_process_writes(two):
+    (folder,) = (two["folder"] / "run").glob("runs/*")
+    assert len(list((folder / "tb").iterdir())) == 1
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(6))
+    assert (folder / "training.log").read_text().count("before training:") == 2  # at the start and in the summary
+    output = (two["folder"] / "output.txt").read_text()
+    assert output.count("after training:") == len([name for name in two if "run" in name or name == "lora"]) + 2
+
+
+def test_a_checkpoint_is_in_the_format_of_one_process(two):
+    from transformers import AutoModelForCausalLM
+
+    (final,) = (two["folder"] / "run").glob("runs/*/final")
+    assert json.loads((final / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert distance(model.state_dict(), two["run"][0]["weights"]) == 0
+
+
+def test_a_run_of_two_is_resumed_by_one_and_by_four(alone, two, tmp_path):
+    begun, kl = two["folder"] / "begun", config_file("kl")
+    for name in ("one", "four"):
+        shutil.copytree(begun, tmp_path / name)
+    one = distributed_worker.train(load_config(kl, HARD), str(tmp_path / "one"))
+    assert distance(one["weights"], alone["run"]["weights"]) < 1e-6
+    shutil.copytree(two["folder"] / "two_bytes", tmp_path / "two_bytes")
+    longer = [*TWO_BYTES, "training.max_steps=7"]
+    tasks = [["train", kl, HARD, str(tmp_path / "four")], ["train", kl, longer, str(tmp_path / "two_bytes")]]
+    four, small = results(4, tasks, tmp_path / "work")
+    for found in four:
+        assert distance(found["weights"], alone["run"]["weights"]) < 1e-6
+    assert small[0]["weights"] and small[0]["controllers"] == small[3]["controllers"]
+
+
+def test_a_rank_that_dies_stops_all_and_the_run_goes_on(alone, tmp_path):
+    task = ["die", config_file("kl"), HARD, str(tmp_path / "run"), 5, 1]
+    began = time.monotonic()
+    process = launch(2, [task], tmp_path / "work")
+    assert process.wait(150) != 0
+    output = (tmp_path / "work" / "output.txt").read_text()
+    (training_log,) = (tmp_path / "run").glob("runs/*/training.log")
+    last_step = training_log.stat().st_mtime
+    assert time.time() - last_step < 30 + 5, f"nothing hangs; {time.monotonic() - began:.0f} s in all"
+    assert "lost another process" in output and "SIGKILL" in output
+    again = distributed_worker.train(load_config(config_file("kl"), HARD), str(tmp_path / "run"))
+    assert "going on after step 3" in training_log.read_text()
+    assert distance(again["weights"], alone["run"]["weights"]) < 1e-6
+
+
+def test_a_signal_saves_once_and_the_run_goes_on(alone, tmp_path):
+    """SIGINT as a terminal sends it: to torchrun and to its processes; torchrun then sends it to them once more."""
+    folder = tmp_path / "run"
+    process = launch(2, [["train", config_file("kl"), HARD, str(folder)]], tmp_path / "work", start_new_session=True)
+    deadline = time.monotonic() + 120
+    while "step 1/" not in "".join(log.read_text() for log in folder.glob("runs/*/training.log")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "work" / "output.txt").read_text()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    assert "steps are saved" in (tmp_path / "work" / "output.txt").read_text()
+    again = distributed_worker.train(load_config(config_file("kl"), HARD), str(folder))
+    assert "going on after step" in next(folder.glob("runs/*/training.log")).read_text()
+    assert distance(again["weights"], alone["run"]["weights"]) < 1e-6
+
+
+def pretend(monkeypatch, count: int, here: int) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: count)
+    monkeypatch.setattr(distributed, "rank", lambda: here)
+
+
+def test_shares_are_contiguous_whole_and_even(monkeypatch):
+    items, sizes = list("abcdefgh"), [9, 1, 1, 1, 1, 1, 1, 9]
+    for count in (1, 2, 3, 8, 11):
+        pieces = []
+        for here in range(count):
+            pretend(monkeypatch, count, here)
+            pieces.append(share(items, sizes))
+        assert [item for piece in pieces for item in piece] == items
+        if count == 2:
+            assert pieces == [list("abcd"), list("efgh")]
+    pretend(monkeypatch, 3, 0)
+    assert share([]) == []
+
+
+def test_what_one_process_raises_all_raise(monkeypatch):
+    pretend(monkeypatch, 2, 0)
+    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, ConfigError("of rank 1")])
+    with pytest.raises(ConfigError, match="of rank 1"):
+        together(lambda: ["of rank 0"])
+    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, ["b"]])
+    assert together(lambda: ["a"]) == ["a", "b"]
+    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, {"y": 2.0, "x": 1.0}])
+    assert total({"x": 1.0}) == {"x": 2.0, "y": 2.0}
+
+
+def test_one_process_is_alone(monkeypatch):
+    assert gather(3) == [3] and share([1, 2], [5, 5]) == [1, 2] and from_main(lambda: 4) == 4 and on_main(int, "7") == 7
+    assert together(lambda: ["x"]) == ["x"] and total({"a": 1.0}) == {"a": 1.0}
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with on_main(int, "7") as nothing:
+        assert nothing is None
+    assert isinstance(on_main(int, "7"), Nothing) and on_main(int, "7").anything(1, key=2) is None
