@@ -4,7 +4,9 @@ import argparse
 import sys
 
 from src.config import ConfigError, RunError, load_config
+from src.console import configure_console, visible
 from src.rl_datasets import TASKS, get_task
+from src.stop import leave
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -12,6 +14,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; see --help\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"give a whole number from 1, not {text!r}")
+    return int(text)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +42,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     instead.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
     instead.add_argument("--eval_only", action="store_true", help="evaluate the model and write a report; no training")
     instead.add_argument("--check", action="store_true", help="load config, data and model, say what will fit, stop")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--log_every", type=positive, metavar="N", help="a line every N steps (default: each; on a terminal a bar)"
+    )
+    shown.add_argument("--quiet", action="store_true", help="show only warnings, errors and the result")
     return parser.parse_args(arguments)
 
 
@@ -44,6 +58,7 @@ def main() -> int:
         from src.distributed import session
         from src.train_grpo import run_check, run_evaluation, run_training  # torch and transformers: seconds to import
 
+        configure_console(arguments.log_every, arguments.quiet)
         with session():
             if arguments.check:
                 run_check(config, arguments.dataset_name)
@@ -54,10 +69,10 @@ def main() -> int:
     except ConfigError as error:
         # what was found wrong after the file was read (device, model, data) does not say where it was written
         file = "" if arguments.config in str(error) or str(error).startswith("--set") else f"{arguments.config}: "
-        print(f"error: {file}{error}", file=sys.stderr)
+        print(visible(f"error: {file}{error}"), file=sys.stderr)
         return 2
     except RunError as error:  # a full disk, weights that became NaN: the run stopped, and what is saved is good
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step; afterwards the loop saves and exits by itself
         return 130
@@ -65,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -44,9 +44,10 @@ def session() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     if rank() > 0:  # the others say the same; what goes wrong on one alone is a warning or an error
-        logging.getLogger("grpo").addFilter(lambda record: record.levelno > logging.INFO)
+        logging.getLogger("grpo").addFilter(lambda record: record.levelno >= logging.WARNING)
     try:
         yield
+        dist.barrier()
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in LOST):
             raise

@@ -20,6 +20,7 @@ from src.config import ConfigError
 from src.grading import final_answer
 from src.packing import Episode, Group
 from src.rewards import Fault, guarded
+from src.runs import read_rows
 from src.storage import write_file
 from src.telemetry import markdown_table
 
@@ -183,6 +184,23 @@ def accuracy_line(metrics: dict[str, float]) -> str:
         f"pass@1 {metrics['eval/pass@1']:.1%} (+-{metrics['eval/pass@1_ci95']:.1%}), "
         + ", ".join(passes[-1:] + [f"length {metrics['eval/length']:.1f}"])
     )
+
+
+def headline(metrics: dict[str, float]) -> float:
+    """The one number by which evaluations are compared."""
+    return metrics["eval/pass@1"] if "eval/pass@1" in metrics else metrics["eval/pair_accuracy"]
+
+
+def best_line(metrics_file: Path) -> str:
+    """The first of the best evaluations that a run has written, and its step."""
+    names = {"eval/pass@1": "pass@1", "eval/pair_accuracy": "pair accuracy"}
+    found = [
+        (row[tag], row["step"], tag) for row in read_rows(metrics_file) for tag in names if row.get(tag) is not None
+    ]
+    if not found:
+        return "not known"
+    value, step, tag = max(found, key=lambda entry: (entry[0], -entry[1]))
+    return f"{names[tag]} {value:.1%} at step {step}"
 
 
 def completions_table(groups: list[Group], shown: int = 8) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from src.config import Config, ConfigError, TrainingConfig
+from src.console import fact, log_block, quoted, shortened, tokens_line
 from src.distributed import from_main, world
 from src.hub import check_hub, check_hub_keys
 from src.maxent import Controllers, ControllerSettings
@@ -41,6 +44,7 @@ class Run:
     controllers: Controllers  # the live values of tau and beta
     max_steps: int
     eos_ids: tuple[int, ...]
+    left_out: tuple[int, int] = (0, 0)  # training and evaluation problems that are too long
     mid_update: bool = False  # between two optimizer steps of one rollout
     check_stop: Callable[[], None] = lambda: None  # leaves the step in progress when the user wants to stop
 
@@ -143,9 +147,10 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     task = get_task(dataset_name, config.data)
     check_task(config, task)
     rewards = Rewards(task, config.data)
-    train_problems = fitting_problems(config, task, load_train_rows(task), tokenizer, "train") if for_training else []
+    train_rows, eval_rows = load_train_rows(task) if for_training else [], load_eval_rows(task)
+    train_problems = fitting_problems(config, task, train_rows, tokenizer, "train") if for_training else []
     split = config.data.eval_split
-    eval_problems = fitting_problems(config, task, load_eval_rows(task), tokenizer, split)
+    eval_problems = fitting_problems(config, task, eval_rows, tokenizer, split)
     rewards.check_columns([problem.reference for problem in train_problems + eval_problems])
     if not getattr(task, "offline", False):  # what is wrong with a reward itself shows with any completion
         rewards.grade([Group(eval_problems[0], (Episode((), (), False, "no answer"),))])
@@ -181,28 +186,44 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
         )
     per_epoch = len(train_problems) // training.num_questions_per_batch
     max_steps = training.max_steps or per_epoch * training.num_epochs
+    left_out = (len(train_rows) - len(train_problems), len(eval_rows) - len(eval_problems))
     return Run(config, task, rewards, tokenizer, train_problems, eval_problems, model, anchor, optimizer,
-               build_controllers(training), max_steps, eos_ids)  # fmt: skip
+               build_controllers(training), max_steps, eos_ids, left_out)  # fmt: skip
 
 
 def describe(run: Run, dataset_name: str) -> None:
-    """The block at the start of a run: model, data, memory, and the first prompt as the model sees it."""
+    """The block at the start of a run: model, data, a step, memory, and the first prompt as the model sees it."""
+    training, device = run.config.training, run.model.device
     parameters = list(run.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
-    logger.info(
-        f"{run.config.model.pretrained_model_path}: {total:,} parameters"
-        + (f", {trained:,} of them trained" if trained != total else "")
-        + f", {run.config.model.dtype}, {run.model.device}; {len(run.train_problems)} training and "
-        f"{len(run.eval_problems)} evaluation problems of {dataset_name}; {run.max_steps} steps"
-    )
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    prompts, too_long = training.num_questions_per_batch, " ({} too long, left out)"
+    left_out = [too_long.format(f"{count:,}") if count else "" for count in run.left_out]
+    group = "given completions" if getattr(run.task, "offline", False) else training.batch_size // prompts
+    problem = run.train_problems[0]
+    updates = training.minibatches * training.inner_epochs
+    block = {
+        "model": f"{run.config.model.pretrained_model_path}: {trained:,} of {total:,} parameters are trained, "
+        f"{run.config.model.dtype} on {where}",
+        "data": f"{dataset_name}: {len(run.train_problems):,} training problems{left_out[0]}, "
+        f"{len(run.eval_problems):,} for the evaluation{left_out[1]}",
+        "step": f"{prompts} prompts x {group} completions of at most {training.max_gen_len:,} tokens, "
+        f"{updates} update{'s' * (updates > 1)}; {run.max_steps:,} steps",
+        "loss": f"{training.loss_type}, beta {training.beta:g}, learning rate {training.learning_rate:g}",
+        "memory": memory_line(run),
+        "prompt": f"the first one, {tokens_line(run.tokenizer, problem.prompt_ids)}",
+    }
+    lines = [fact(label, text) for label, text in block.items()]
+    log_block("\n".join([*lines, quoted("", shortened(problem.prompt_text, 2000))]))
+
+
+def memory_line(run: Run) -> str:
+    """The plan of src/memory.py beside what is free."""
     plan = memory_plan(run)
     unit, name = (2**30, "GiB") if peak_of(plan) > 2**30 else (2**20, "MiB")
     parts = ", ".join(f"{purpose} {size / unit:.1f}" for purpose, size in plan.items())
-    logger.info(
-        f"memory, estimated: {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once; "
+    return (
+        f"estimated {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once; "
         f"{free_memory(run.model.device) / 2**30:.1f} GiB are free with the model loaded"
     )
-    problem = run.train_problems[0]
-    last = ", ".join(f"{token} {run.tokenizer.decode([token])!r}" for token in problem.prompt_ids[-4:])
-    logger.info(f"first prompt, {len(problem.prompt_ids)} tokens, the last ones {last}:\n{problem.prompt_text}")

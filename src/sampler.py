@@ -382,6 +382,8 @@ def rollout(
     A problem with an episode whose logits were not finite is sampled again with other random numbers, and left out when
     that does not help. ConfigError when none is left.
     """
+    if not problems:  # one of many processes may have none
+        return []
     slots, prompts = fit_to_memory(model, problems, samples, settings)
     groups: dict[int, Group] = {}
     missing = list(range(len(problems)))  # places in the list of problems

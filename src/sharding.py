@@ -48,8 +48,13 @@ def within(model, function: Callable, *arguments) -> Any:
 
 
 @contextmanager
-def whole(model) -> Iterator[None]:
-    """All weights on every rank: in a rollout each does another number of steps and cannot wait for the others."""
+def whole(model, anchor) -> Iterator[None]:
+    """All weights on every rank: in a rollout each does another number of steps and cannot wait for the others.
+
+    What `within` has left whole of the anchor, and what FSDP has noted for its backward pass, goes first.
+    """
+    if is_sharded(anchor):
+        getattr(anchor, "reset_iter_state", anchor.reshard)()  # torch >= 2.13
     parts: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
@@ -62,12 +67,6 @@ def whole(model) -> Iterator[None]:
         for part, (before, after) in zip(parts, hooks, strict=True):
             part._forward_pre_hooks, part._forward_hooks = before, after
             part.reshard()
-
-
-def release(model) -> None:
-    """What `within` has left whole of a model that has no backward pass, and what FSDP has noted for one."""
-    if is_sharded(model):
-        getattr(model, "reset_iter_state", model.reshard)()  # torch >= 2.13
 
 
 def evened(model, mine: list[list], groups: Sequence) -> Iterator[tuple[list, bool]]:

@@ -20,48 +20,54 @@ from pathlib import Path
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
+from torch.utils.tensorboard.summary import custom_scalars, histogram, hparams, scalar, text
 from tqdm import tqdm
 
+from src.config import LOSS_TYPES
+from src.console import RESULT, Stalls, configure_logging, log_block, shows_bar, step_line, summary, visible
 from src.distributed import gather
+from src.rewards import RESERVED_NAMES
 from src.storage import StorageError, storage_problem, write_file
 
 logger = logging.getLogger("grpo")
 
-# Final metrics by which the HParams page sorts runs
-HPARAM_METRICS = ("eval/greedy", "eval/pass@1", "eval/pass@8", "train/reward")
+# Final metrics by which the HParams page sorts runs, and the settings that are columns there without being asked for
+HPARAM_METRICS = ("eval/pass@1", "eval/greedy", "eval/pass@8", "eval/pair_accuracy", "train/reward")
+HPARAM_COLUMNS = ("batch_size", "beta", "learning_rate", "loss_type", "random_seed")
 
-
-class Console(logging.StreamHandler):
-    """Lines on the terminal, above a progress bar; when the terminal is gone, training goes on without it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()  # into a pipe as well: what was logged before a kill has been seen
-        except (OSError, ValueError):
-            logger.removeHandler(self)
-
-
-def configure_logging(log_file: Path | None = None) -> None:
-    """Log to the terminal, and once a run folder exists to its training.log."""
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    if not logger.handlers:
-        logger.addHandler(Console(sys.stdout))
-    for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
-        logger.removeHandler(handler)
-        handler.close()
-    if log_file is not None:
-        try:
-            handler = logging.FileHandler(log_file, encoding="utf-8")
-        except OSError as error:
-            logger.warning(f"{log_file} cannot be written ({error.strerror}); the log is only on the terminal")
-            return
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
+# The page Custom Scalars: charts by the question they answer, lines by regular expressions that match from the start of
+# a tag. The same for every run: TensorBoard shows the charts of all runs, and equal ones once.
+PARTS_OF_THE_REWARD = f"train/(?!({'|'.join(sorted(RESERVED_NAMES - {'reward', 'answer'} | set(LOSS_TYPES)))})$)"
+LAYOUT = {
+    "Does it learn?": {
+        "held-out accuracy": ["eval/greedy$", "eval/pass@1$", "eval/pass@8$"],
+        "reward and its parts, training": [PARTS_OF_THE_REWARD],
+    },
+    "Is it healthy?": {
+        "entropy": ["train/entropy$"],
+        "KL to the anchor": ["train/kl$", "train/kl_k3$"],
+        "gradient norm before clipping": ["train/grad_norm$"],
+        "share of clipped tokens": ["train/clip_fraction$"],
+        "groups without variance": ["train/groups_without_variance$"],
+        "finished before max_gen_len": ["rollout/finished$"],
+        "completion length in tokens": ["rollout/length$"],
+        "sampler against trainer, log-probs": ["rollout/mismatch$"],
+    },
+    "Is it fast?": {
+        "seconds": ["time/"],
+        "tokens a second": ["rollout/tokens_per_second$", "update/tokens_per_second$"],
+        "peak memory, GiB": ["memory/peak_gib$"],
+    },
+}
+RANKING_LAYOUT = {
+    "Does it learn?": {
+        "held-out ranking": ["eval/pair_accuracy$", "eval/best_probability$"],
+        "train loss": ["train/loss$"],
+    }
+}
 
 
 def keep_lines_through(path: Path, step: int) -> None:
@@ -131,8 +137,11 @@ class EventFile:
 class Telemetry:
     """Writers of one run folder. Every key of metrics.jsonl is a TensorBoard tag."""
 
-    def __init__(self, run_folder: Path, first_step: int, max_steps: int):
-        """`first_step`: the first step to be written; what an earlier process wrote from there on is dropped."""
+    def __init__(self, run_folder: Path, first_step: int, max_steps: int, offline: bool = False):
+        """`first_step`: the first step to be written; what an earlier process wrote from there on is dropped.
+
+        `offline`: the completions come from a file, so that no setting would give better ones.
+        """
         configure_logging(run_folder / "training.log")
         self.metrics_file = MetricsFile(run_folder / "metrics.jsonl", first_step)
         self.events: EventFile | None = None
@@ -140,15 +149,24 @@ class Telemetry:
             self.events = EventFile(run_folder / "tb", first_step)
         except Exception as error:
             self.lose_events(error)
+        layout = {**LAYOUT, **RANKING_LAYOUT} if offline else LAYOUT
+        as_lines = {
+            title: {name: ["Multiline", tags] for name, tags in charts.items()} for title, charts in layout.items()
+        }
+        self.write_events(lambda: [custom_scalars(as_lines)])
         self.bar = tqdm(
             total=max_steps,
             initial=max(first_step - 1, 0),
             unit="step",
-            disable=not sys.stdout.isatty(),
+            disable=not shows_bar(),
             file=sys.stdout,
             dynamic_ncols=True,
         )
         self.max_steps = max_steps
+        self.stalls = None if offline else Stalls()
+        self.started = self.first_step_started = time.perf_counter()
+        self.steps, self.peak_gib = 0, math.nan  # of this process
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def lose_events(self, error: Exception) -> None:
         self.events = None
@@ -172,19 +190,21 @@ class Telemetry:
         self.metrics_file.write({"step": step, **clean})
         self.write_events(lambda: [scalar(name, value) for name, value in metrics.items()], step)
         if step == 0:
+            self.first_step_started = time.perf_counter()
             return
+        self.steps, self.peak_gib = self.steps + 1, metrics.get("memory/peak_gib", math.nan)
+        for purpose in ("rollout", "update", "evaluate"):
+            self.seconds[purpose] += metrics.get(f"time/{purpose}", 0.0)
+        left = (time.perf_counter() - self.first_step_started) / self.steps * (self.max_steps - step)
+        logger.info(
+            step_line(step, self.max_steps, metrics, left), extra={"step": step, "last": step == self.max_steps}
+        )
+        self.bar.set_postfix_str(
+            f"reward {metrics['train/reward']:.3f}, {metrics['rollout/tokens_per_second']:,.0f} tokens/s", refresh=False
+        )
         self.bar.update(1)
-        reward, speed = metrics["train/reward"], metrics["rollout/tokens_per_second"]
-        self.bar.set_postfix_str(f"reward {reward:.3f}, {speed:,.0f} tokens/s")
-        if self.bar.disable:
-            seconds = metrics["time/rollout"] + metrics["time/update"]
-            logger.info(
-                f"step {step}/{self.max_steps}  reward {reward:.3f}  "
-                f"answer {metrics.get('train/answer', math.nan):.3f}  "
-                + (f"kl {metrics['train/kl_k3']:.4f}  " if "train/kl_k3" in metrics else "")
-                + (f"entropy {metrics['train/entropy']:.3f}  " if "train/entropy" in metrics else "")
-                + f"length {metrics['rollout/length']:.1f}  {speed:,.0f} tokens/s  {seconds:.2f} s"
-            )
+        if self.stalls:
+            self.stalls.look(step, metrics)
 
     def write_text(self, tag: str, content: str, step: int) -> None:
         self.write_events(lambda: [text(tag, content)], step)
@@ -199,7 +219,24 @@ class Telemetry:
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in settings.items()
         }
-        self.write_events(lambda: list(hparams(plain, final)))
+
+        def make() -> list[Summary]:
+            experiment, *session = hparams(plain, final)
+            plugin = experiment.value[0].metadata.plugin_data
+            data = HParamsPluginData.FromString(plugin.content)
+            for info in data.experiment.hparam_infos:
+                info.differs = info.name in HPARAM_COLUMNS  # the page lists and shows these first
+            plugin.content = data.SerializeToString()
+            return [experiment, *session]
+
+        self.write_events(make)
+
+    def log_summary(self, first: str, last: str, best: str, final: Path) -> None:
+        """The last block of a run: what it gained, what it cost, and where to look."""
+        self.bar.close()
+        wall = time.perf_counter() - self.started
+        evaluations = {"before": first, "after": last, "best": best}
+        log_block(summary(evaluations, final, self.steps, wall, self.seconds, self.peak_gib), RESULT)
 
     def close(self) -> None:
         self.bar.close()
@@ -249,7 +286,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; cells are shown literally, line breaks as arrows."""
 
     def cell(text: str) -> str:
-        return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ↵ ")[:2000] + "`"
+        return "`" + visible(text.replace("`", "'").replace("\n", " ↵ "))[:2000] + "`"
 
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     return "\n".join(lines + [" | ".join(cell(text) for text in row) for row in rows])

@@ -25,11 +25,14 @@ from src.checkpoint import (
     seed_everything,
 )
 from src.config import Config, ConfigError, RunError, TrainingConfig, dump_config
+from src.console import RESULT, configure_logging, first_completions, log_block
 from src.distributed import from_main, on_main, share, together, total, world
 from src.evaluate import (
     accuracy_line,
     answers_of,
+    best_line,
     completions_table,
+    headline,
     keep_bad_batch,
     ranking_metrics,
     summarize,
@@ -45,10 +48,10 @@ from src.prepare import Run, describe, is_lora, prepare
 from src.rl_datasets import Problem
 from src.sampler import SamplingSettings, rollout
 from src.scoring import score
-from src.sharding import evened, full, load_full_state, release, sum_gradients, whole
+from src.sharding import evened, full, load_full_state, sum_gradients, whole
 from src.stop import Stopped, StopSignal
 from src.storage import RunLock, set_aside, write_file
-from src.telemetry import Means, Telemetry, configure_logging, peak_memory
+from src.telemetry import Means, Telemetry, peak_memory
 from src.token_choice import episode_key
 
 logger = logging.getLogger("grpo")
@@ -92,13 +95,12 @@ def sample(
         **truncation,
     )
 
-    def of_my_share() -> list[Group]:
-        mine = share(problems)
-        groups = rollout(run.model, run.tokenizer, mine, samples, settings, check_stop) if mine else []
+    def mine() -> list[Group]:
+        groups = rollout(run.model, run.tokenizer, share(problems), samples, settings, check_stop)
         return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
 
-    with whole(run.model):
-        return together(of_my_share)
+    with whole(run.model, run.anchor):
+        return together(mine)
 
 
 def add_advantages(groups: list[Group], training: TrainingConfig, task=None) -> list[Group]:
@@ -159,9 +161,8 @@ def microbatches(run: Run, groups: list[Group]):
     training = run.config.training
     keep_whole = PENALTIES[training.loss_type].is_objective
     mine = share(groups, [sum(len(episode.token_ids) for episode in group.episodes) for group in groups])
-    size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
-    split = list(split_into_microbatches(mine, size, budget, keep_whole))
-    for pieces, counts in evened(run.model, split, groups):
+    split = split_into_microbatches(mine, training.micro_batch_size, training.max_tokens_per_microbatch, keep_whole)
+    for pieces, counts in evened(run.model, list(split), groups):
         yield replace(pack(pieces, run.model.device, run.model.dtype), counts=counts)
 
 
@@ -219,8 +220,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
         if not weighted:
             continue
         with dropout_of_update(run, step, index):
-            stoppable = index == 0 and world() == 1  # nobody leaves where others wait
-            results = backward(run, weighted, training, updates == 1, use_anchor, stoppable)
+            results = backward(run, weighted, training, updates == 1, use_anchor, stoppable=index == 0)
         for measured, parts in results:
             if index > 0 or is_offline(run):  # the policy has moved since it sampled, or did not sample
                 measured.pop("rollout/mismatch")
@@ -259,14 +259,14 @@ def backward(
 ) -> list[list[dict[str, Tensor]]]:
     """Gradient of one optimizer step, micro-batch by micro-batch. Returns what loss_of_microbatch measured.
 
-    Until the first optimizer step of a rollout it is `stoppable`.
+    Until the first optimizer step of a rollout it is `stoppable`, but nobody leaves where other processes wait.
     """
 
     def compute() -> list[list[dict[str, Tensor]]]:
         results = []
         run.optimizer.zero_grad(set_to_none=True)
         for batch in microbatches(run, groups):
-            if stoppable:
+            if stoppable and world() == 1:
                 run.check_stop()
             loss, *measured_and_parts = loss_of_microbatch(run, batch, training, on_policy, use_anchor)
             loss.backward()
@@ -381,7 +381,6 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     groups = add_advantages(groups, training, run.task)
     rolled_out = time.perf_counter()
     metrics = update(run, groups, step)
-    release(run.anchor)
     seconds = {"time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out}
     episodes = [episode for group in groups for episode in group.episodes]
     tokens = sum(len(episode.token_ids) for episode in episodes)
@@ -417,15 +416,15 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
         trust = config.model.trust_remote_code
         state = load_checkpoint(newest, run.model, run.optimizer, run.controllers, trust) if newest else None
         if state and state["step"] >= run.max_steps and finished_step(folder / "final") == state["step"]:
-            logger.info(f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
+            logger.log(RESULT, f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
             on_main(push, run, folder, state["first_evaluation"], state["last_evaluation"])
             return state["last_evaluation"]
         if state is None:  # nothing here draws from these, but a reward function of the user's may
             seed_everything(config.training.random_seed)
         on_main(write_file, folder / "config.yaml", dump_config(config))
-        telemetry = on_main(Telemetry, folder, state["step"] + 1 if state else 0, run.max_steps)
+        telemetry = on_main(Telemetry, folder, state["step"] + 1 if state else 0, run.max_steps, is_offline(run))
         describe(run, dataset_name)
-        logger.info(f"run folder {folder}")
+        logger.info(f"{'folder':<12}{folder}")
         try:
             with StopSignal() as stop:
                 run.check_stop = stop.check
@@ -448,6 +447,7 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
             load_full_state(run.anchor, state["anchor"])
         first, last = state["first_evaluation"], state["last_evaluation"]
     else:
+        logger.info(f"evaluating {len(run.eval_problems):,} problems before the first step")
         first = last = evaluate(run)
         logger.info(f"before training: {accuracy_line(first)}")
         telemetry.write_step(0, first)
@@ -481,7 +481,7 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
             if done > saved and not run.mid_update:
                 save()
                 saved = done
-            logger.info(f"stopped; the first {saved} steps are saved, the same command goes on from there")
+            logger.log(RESULT, f"stopped; the first {saved} steps are saved, the same command goes on from there")
             raise
         metrics, unwritten = unwritten, None
         if groups and (looks or done == 1):
@@ -489,6 +489,8 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
             telemetry.write_histogram(
                 "rollout/lengths", torch.tensor([len(e.token_ids) for g in groups for e in g.episodes]), done
             )
+        if groups and done == 1:
+            log_block(first_completions(done, groups))
         telemetry.write_step(done, metrics)
         if looks:
             logger.info(f"step {done}/{run.max_steps}: {accuracy_line(last)}")
@@ -513,11 +515,6 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def headline(metrics: dict[str, float]) -> float:
-    """The one number by which evaluations are compared."""
-    return metrics["eval/pass@1"] if "eval/pass@1" in metrics else metrics["eval/pair_accuracy"]
-
-
 def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict, last: dict, metrics: dict) -> None:
     """final/, the hyperparameters with the result, and the push to the hub."""
     config, model, final = run.config, run.model, folder / "final"
@@ -528,9 +525,8 @@ def finish(run: Run, folder: Path, telemetry: Telemetry, step: int, first: dict,
     save_model(model, run.tokenizer, final, step)
     lora = {f"lora.{name}": value for name, value in asdict(config.lora).items()} if is_lora(config) else {}
     telemetry.write_hparams({**asdict(config.model), **asdict(config.training), **lora}, metrics)
-    logger.info(f"before training: {accuracy_line(first)}")
-    logger.info(f"after training:  {accuracy_line(last)}")
-    logger.info(f"model in {final}; curves: tensorboard --logdir {folder.parent}")
+    best = on_main(best_line, folder / "metrics.jsonl")
+    telemetry.log_summary(accuracy_line(first), accuracy_line(last), best, final)
     on_main(push, run, folder, first, last)
 
 
@@ -560,8 +556,7 @@ def run_evaluation(config: Config, dataset_name: str, work_dir: str | Path = "."
             on_main(set_aside, folder)
     with on_main(RunLock, folder):
         metrics = evaluate(run, folder, dataset_name)
-    logger.info(accuracy_line(metrics))
-    logger.info(f"report.json and completions.jsonl are in {folder}")
+    logger.log(RESULT, f"{accuracy_line(metrics)}\nreport.json and completions.jsonl are in {folder}")
     return metrics
 
 
@@ -570,4 +565,4 @@ def run_check(config: Config, dataset_name: str, work_dir: str | Path = ".") -> 
     configure_logging()
     check_same_experiment(run_folder(config, dataset_name, work_dir), config)
     describe(prepare(config, dataset_name), dataset_name)
-    logger.info("everything is in order; nothing was written")
+    logger.log(RESULT, "everything is in order; nothing was written")

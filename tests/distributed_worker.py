@@ -18,6 +18,7 @@ from src.config import Config, load_config
 from src.distributed import rank, session
 from src.prepare import prepare
 from src.sharding import full, sum_gradients
+from src.stop import leave
 from src.train_grpo import add_advantages, add_loss_weights, backward, questions_of_step, run_training, sample
 
 
@@ -78,3 +79,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

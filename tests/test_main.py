@@ -64,7 +64,16 @@ def assert_refused(code: int, shown: str, complaint: str, *fragments: str) -> No
 def test_help_names_every_option():
     result = run_main(PROJECT, "--help")
     assert result.returncode == 0 and result.stderr == ""
-    for option in ("--config", "--dataset_name", "--set", "--fresh", "--eval_only", "countdown"):
+    for option in (
+        "--config",
+        "--dataset_name",
+        "--set",
+        "--fresh",
+        "--eval_only",
+        "--log_every",
+        "--quiet",
+        "countdown",
+    ):
         assert option in result.stdout
 
 
@@ -109,6 +118,14 @@ BAD = {
         "unrecognized arguments: --resume",
     ),
     "nothing to set": (("--config", "good.yaml", "--dataset_name", "countdown", "--set"), "expected one argument"),
+    "no step has a line": (
+        ("--config", "good.yaml", "--dataset_name", "countdown", "--log_every", "0"),
+        "--log_every: give a whole number from 1, not '0'",
+    ),
+    "lines and none": (
+        ("--config", "good.yaml", "--dataset_name", "countdown", "--log_every", "2", "--quiet"),
+        "--quiet: not allowed with argument --log_every",
+    ),
     "missing config": (
         ("--config", "nope.yaml", "--dataset_name", "countdown"),
         "nope.yaml: there is no such config file",
