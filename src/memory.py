@@ -29,6 +29,8 @@ def memory_plan(run) -> dict[str, int]:
     state_bytes = 8 + 4 * any(parameter.dtype != torch.float32 for parameter in trained)  # moments and fp32 masters
     if training.memory_efficient_adamw:
         state_bytes = 2 * training.state_bits / 8 + (training.master_bits - 16) / 8
+        if training.offload and model.device.type == "cuda":
+            state_bytes = 0  # in host memory
     prompt, completion = training.max_prompt_len, training.max_gen_len
     group = training.batch_size // training.num_questions_per_batch
     tokens = (

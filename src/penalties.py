@@ -3,7 +3,7 @@
 A penalty is `fn(PenaltyInputs, training config) -> (value, metrics)`. The value is per token [N], weighed as loss_agg
 says, or per episode [E], averaged over episodes; the loop adds beta x value to the loss. Metrics are tensors that the
 loop averages over the step. To add one: write the function under @penalty("name"), put the name into LOSS_TYPES in
-src/config.py, and use it in a YAML.
+src/config.py (and into RATIO_READERS beside it unless it takes the place of the policy loss), and use it in a YAML.
 """
 
 from dataclasses import dataclass, replace

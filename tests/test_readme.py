@@ -206,16 +206,17 @@ FIRST = (
 
 
 @executes(FIRST, "--eval_only", "--check", "--fresh", "--set training.learning_rate=1e-4",
-          "--set model.pretrained_model_path=runs/.../final")  # fmt: skip
+          "--set model.pretrained_model_path=runs/.../final", "--quiet", "--log_every N")  # fmt: skip
 def test_the_first_command_and_its_switches(run, tmp_path, capsys):
     short = [*SHORT, "training.learning_rate=1e-4"]
     assert run(f"{FIRST} --check", *short) == 0
     shown = capsys.readouterr().out
-    assert "memory, estimated" in shown and "first prompt" in shown
+    assert "memory      estimated" in shown and "prompt      the first one" in shown
     assert not (tmp_path / "runs").exists()
     assert run(FIRST, *short) == 0
     shown = capsys.readouterr().out
-    assert "before training" in shown and "after training" in shown, "its accuracy before and after"
+    assert "\nbefore " in shown and "\nafter " in shown, "its accuracy before and after"
+    assert "step 1/2" in shown
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[2]["train/learning_rate"] == pytest.approx(1e-4 * 2 / 5), "the second of five steps of warm-up"
@@ -223,7 +224,12 @@ def test_the_first_command_and_its_switches(run, tmp_path, capsys):
     assert run(f"{FIRST} --eval_only", *short, f"model.pretrained_model_path={folder / 'final'}") == 0
     evaluated = json.loads((folder.parent / f"{folder.name}_eval" / "report.json").read_text())["metrics"]
     assert evaluated["eval/greedy"] == rows[2]["eval/greedy"]
-    assert run(f"{FIRST} --fresh", *short) == 0
+    assert run(f"{FIRST} --fresh --log_every 2", *short) == 0
+    shown = capsys.readouterr().out
+    assert "step 1/2" not in shown and "step 2/2" in shown
+    assert run(f"{FIRST} --quiet", *short, "training.max_steps=3") == 0
+    shown = capsys.readouterr().out
+    assert "step 3/3" not in shown and "\nafter " in shown
     assert (folder.parent / f"{folder.name}.1" / "final").is_dir() and len(list(folder.glob("final"))) == 1
 
 
@@ -257,6 +263,49 @@ def test_an_environment_without_uv(tmp_path):
         assert "--hash=sha256:" in line and str(requirement.specifier).startswith("=="), line
         pinned[requirement.name] = requirement
     assert {"torch", "transformers", "datasets", "tensorboard", "pytest", "matplotlib"} <= set(pinned)
+
+
+@executes("uv run torchrun --nproc_per_node 2 main.py --config configs/configs_tiny/config_kl_beta0.04_tiny.yaml "
+          "--dataset_name countdown")  # fmt: skip
+def test_two_processes(tmp_path):
+    (command,) = [line for line in README.splitlines() if line.startswith("uv run torchrun")]
+    _, _, _, *words = command.split()
+    words = [str(PROJECT / word) if (PROJECT / word).is_file() else word for word in words]
+    overrides = [word for override in SHORT for word in ("--set", override)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2]
+
+
+@executes("python -m pytest tests/test_distributed.py")
+def test_the_file_that_compares_numbers_of_processes_is_there():
+    text = (PROJECT / "tests" / "test_distributed.py").read_text(encoding="utf-8")
+    assert "def test_two_processes_have_the_gradient_of_one" in text
+
+
+def test_the_arithmetic_of_the_plan_for_a_fleet():
+    table = README.split("| 128 prompts x 16 completions x 4,096 tokens a step |")[1].split("\n\n")[0]
+    cells = [row.split("|")[2:4] for row in table.splitlines()[2:]]
+    tokens = 128 * 16 * 4096
+    models = ((7.6e9, 8, 57e3, 1, 8), (70.6e9, 64, 328e3, 8, 8))  # parameters, GPUs, cache, GPUs a server, servers
+    for column, (parameters, gpus, cache, wide, servers) in enumerate(models):
+        read = 2 * parameters / (3.35e12 * wide)
+        attend = 256 * 2048 * cache / (3.35e12 * wide)
+        expected = [
+            [2 * parameters / 1e9],
+            [2 * parameters / 12.5e9, 2 * parameters / 0.125e9],
+            [7 * parameters / 1e9],
+            [8 * tokens / 1e9],
+            [8 * parameters * tokens / (gpus * 400e12), gpus],
+            [1e3 * read, wide],
+            [1e3 * attend, wide],
+            [tokens * (read + attend) / 256 / servers, wide * servers],
+        ]
+        for row, numbers in zip(cells, expected, strict=True):
+            said = [float(number) for number in re.findall(r"[\d.]+(?= (?:GB|s|ms|GPU))", row[column])]
+            assert said == pytest.approx(numbers, rel=0.05), row
 
 
 @executes("uv run tensorboard --logdir runs")
@@ -304,6 +353,7 @@ BENCHMARKS = {  # what makes them short; of those that have no form of a few sec
     "python -m benchmarks.kill_storm": None,
     "python -m benchmarks.fuzz_rewards --cases 1000000": "--cases 300 --task countdown",
     "python -m benchmarks.scored": None,
+    "python -m benchmarks.tensorboard_page --output page.png": None,
 }
 
 
