@@ -10,6 +10,7 @@ Left out: tensor and pipeline parallelism, and numbers of processes that change 
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,16 +48,16 @@ def session() -> Iterator[None]:
         logging.getLogger("grpo").addFilter(lambda record: record.levelno >= logging.WARNING)
     try:
         yield
-        dist.barrier()
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in LOST):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who has noticed it too: the reason comes first
         raise RunError(
             f"rank {rank()} has lost another process of this run; the last checkpoint is safe, and the same command "
             f"goes on from there ({str(error).splitlines()[0]})"
         ) from error
-    finally:
-        dist.destroy_process_group()
+    dist.barrier()  # nobody hangs up while another one still reads; after an error nobody waits
+    dist.destroy_process_group()
 
 
 class Nothing:
