@@ -1,14 +1,14 @@
 """Fuzzing: a million completions through the rewards of countdown, gsm8k and math: no error, nothing slow, none fooled.
 
-    uv run python -m benchmarks.fuzz_rewards                    # 1,000,000 cases, minutes on 2 cores
+    uv run python -m benchmarks.fuzz_rewards                    # 1,000,000 cases, a quarter of an hour on 2 cores
     uv run python -m benchmarks.fuzz_rewards --cases 3000 --task gsm8k --seed 7
 
 A case is an answer near the right one, in tags or a box, then often damaged: tags cut, repeated or nested, digits of
 other scripts, extra numbers, floods of up to 100 kB, random bytes. What earns an answer of 1 is read again by an
 evaluator of this file, which shares no code with src/grading.py; what is right by construction must earn it. Cases have
-generators of their own, so `make_case(task, seed, index)` repeats one. What would go to the process of math-verify is
-graded there for the first --worker_cases only, and counts as not graded after that. The last line of stdout is one
-JSON document; the exit code is 1 if anything failed.
+generators of their own, so `make_case(task, seed, index)` repeats one. With --worker_cases only the first answers that
+need math-verify go to its process, and the others count as not graded. The last line of stdout is one JSON document;
+the exit code is 1 if anything failed.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from src.rl_datasets import Problem, get_task
 
 TASKS = ("countdown", "gsm8k", "math")
 SLOWEST_MS = 50.0  # of this thread's processor time: other processes take none of it
+SLOWEST_WORKER_MS = 1000 * grading.WORKER_SECONDS + 50  # of the worker's, which counts its own; 50 to notice the end
 FLOOD_LENGTH = 100_000
 GRADE_SAMPLE = 400  # cases that also go through Rewards.grade
 SHOWN_FAILURES = 10
@@ -275,6 +276,7 @@ ANSWERS = {"countdown": countdown_answer, "gsm8k": gsm8k_answer, "math": math_an
 # ---------------------------------------------------------------------------------------------------------------------
 
 CALCULATE = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9a-z]))"  # TeX takes one character where there are no braces
 POINTS = ((Fraction(7, 3), 1.7320), (Fraction(-5, 11), 0.61803))  # x, y
 
 
@@ -352,7 +354,7 @@ def countdown_is_right(text: str, row: dict) -> bool:
 
 def without_latex(text: str) -> str:
     """Plain text: no delimiters, spacing, text commands or `The answer is`."""
-    text = re.sub(r"\\{1,2}(left|right)", "", text.replace("−", "-").replace("{,}", ","))
+    text = re.sub(r"\{\s*,\s*\}", ",", re.sub(r"\\{1,2}(left|right)", "", text.replace("−", "-")))
     text = re.sub(r"\\([$%])", r"\1", text.replace("\\!", ""))
     text = re.sub(r"\\[(),\[\];: ]|\\q?quad|\\displaystyle|\$", " ", text)
     text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
@@ -421,12 +423,17 @@ def gsm8k_is_right(text: str, truth: Fraction) -> bool:
 
 def formula_values(text: str) -> list | None:
     """Values of a LaTeX formula at POINTS by Python's parser, or None if it cannot be read."""
-    # math-verify drops quotation marks, also from within a command, and a second backslash
-    text = re.sub(r'(?<!\d)"|"(?!\d)', "", without_latex(text).replace("\\\\", "\\")).rpartition("=")[2].rstrip(" .")
-    text = re.sub(r"(?<=\d)\{(\d+)\}", r"\1", text)  # braces that show nothing
+    if "\\pm" in text:  # one value only if both are the same
+        plus, minus = (formula_values(text.replace("\\pm", sign)) for sign in "+-")
+        return plus if plus == minus else None
+    # a second backslash is what JSON makes of one
+    text = without_latex(text).replace("\\\\", "\\").rpartition("=")[2].rstrip(" .")
+    text = re.sub(
+        r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}", re.sub(r"(?<=\d)\{(\d+)\}", r"\1", text)
+    )  # braces that show nothing
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     for _ in range(5):  # from the inside out
-        text = re.sub(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
+        text = re.sub(rf"\\[dtc]?frac{ARGUMENT}{ARGUMENT}", r"((\1\2)/(\3\4))", text)
         text = re.sub(r"\^\s*\{([^{}]*)\}", r"**(\1)", re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"((\1)**0.5)", text))
     for old, new in (("\\cdot", "*"), ("\\times", "*"), ("×", "*"), ("\\pi", "p"), ("π", "p"), ("^", "**")):
         text = text.replace(old, new)
@@ -459,7 +466,9 @@ def math_is_right(text: str, truth: Fraction | str) -> bool:
     if "\\text" in truth:
         letters = [re.sub(r"[\s().]", "", words).casefold() for words in (answer, expected)]
         return letters[0] == letters[1]
-    pairs = [re.fullmatch(r"\((.*),(.*)\)", "".join(words.split())) for words in (answer, expected)]
+    # a second pair of brackets around the first says nothing
+    once = re.sub(r"^(\(|\[)(\([^()]*\))[])]$", r"\2", "".join(answer.split()))
+    pairs = [re.fullmatch(r"\((.*),(.*)\)", words) for words in (once, "".join(expected.split()))]
     if pairs[1]:
         return bool(pairs[0]) and all(
             same_values(formula_values(a), formula_values(b))
@@ -489,24 +498,36 @@ IS_RIGHT = {"countdown": countdown_is_right, "gsm8k": gsm8k_is_right, "math": ma
 
 @dataclass
 class Gate:
-    """Stands before the process of math-verify and lets only so many answers through; the others are not graded."""
+    """Stands before the process of math-verify, counts its time, and lets only so many answers through."""
 
     left: int
     asked: int = 0
     refused: int = 0
     slow: int = 0
+    spent_ms: float = 0.0  # of the worker's processor time, by the last answer
     slowest_ms: float = 0.0
+    slowest_wall_ms: float = 0.0  # with waiting for the processor, and for a new worker
     ask: object = field(default_factory=lambda: grading.ask_worker)
+    read: object = field(default_factory=lambda: grading.read_line)
 
     def __call__(self, answer: str, reference: str, seconds: float) -> bool:
         if self.left <= 0:
             self.refused += 1
             return False
         begin, self.left, self.asked = time.perf_counter(), self.left - 1, self.asked + 1
+        self.spent_ms = 1000 * seconds  # unless it answers
         verdict = self.ask(answer, reference, seconds)
-        milliseconds = 1000 * (time.perf_counter() - begin)
-        self.slow, self.slowest_ms = self.slow + (milliseconds > SLOWEST_MS), max(self.slowest_ms, milliseconds)
+        self.slow += self.spent_ms > SLOWEST_MS
+        self.slowest_ms = max(self.slowest_ms, self.spent_ms)
+        self.slowest_wall_ms = max(self.slowest_wall_ms, 1000 * (time.perf_counter() - begin))
         return verdict
+
+    def read_line(self, worker: object, seconds: float) -> str:
+        """What the worker says, of which the processor time is noted."""
+        line = self.read(worker, seconds)
+        if line.startswith(("right", "wrong")):
+            self.spent_ms = 1000 * float(line.split()[1])
+        return line
 
 
 def timed(reward, case: Case) -> tuple[dict, float]:
@@ -516,10 +537,12 @@ def timed(reward, case: Case) -> tuple[dict, float]:
     return parts, 1000 * (time.thread_time() - begin)
 
 
-def wrong_with(task: str, case: Case, parts: dict, milliseconds: float, graded: bool) -> str | None:
+def wrong_with(task: str, case: Case, parts: dict, milliseconds: float, worker_ms: float, graded: bool) -> str | None:
     """What is wrong with a reward, or None."""
     if milliseconds > SLOWEST_MS:
         return f"took {milliseconds:.0f} ms"
+    if worker_ms > SLOWEST_WORKER_MS:
+        return f"took {worker_ms:.0f} ms of the worker"
     if set(parts) != {"reward", "answer", "format"} or parts["answer"] not in (0, 1):
         return f"odd parts {parts}"
     if parts["format"] != format_is_right(case.text) or parts["reward"] != parts["answer"] + 0.1 * parts["format"]:
@@ -548,34 +571,35 @@ def grade_sample(task, cases: list[Case]) -> list[str]:
     return wrong
 
 
-def run_task(name: str, seed: int, cases: int, worker_cases: int) -> dict:
-    """Counts of one task, and the first failures."""
-    gate, task = Gate(worker_cases), get_task(name)
+def run_task(name: str, seed: int, cases: int, worker_cases: int | None) -> dict:
+    """Counts of one task, and the first failures. Without a number all answers may go to the worker."""
+    gate, task = Gate(2 * cases if worker_cases is None else worker_cases), get_task(name)
     right = rewarded = formatted = 0
     slowest, failures = 0.0, []
-    with patch.object(grading, "ask_worker", gate):
+    with patch.object(grading, "ask_worker", gate), patch.object(grading, "read_line", gate.read_line):
         for index in range(cases):
-            case, refused = make_case(name, seed, index), gate.refused
+            case, refused, gate.spent_ms = make_case(name, seed, index), gate.refused, 0.0
             try:
                 parts, milliseconds = timed(task.reward, case)
                 if milliseconds > SLOWEST_MS:  # once more: a page fault is not the reward's fault
                     milliseconds = min(milliseconds, timed(task.reward, case)[1])
-                problem = wrong_with(name, case, parts, milliseconds, gate.refused == refused)
+                problem = wrong_with(name, case, parts, milliseconds, gate.spent_ms, gate.refused == refused)
             except Exception as error:
                 parts, milliseconds, problem = {}, 0.0, f"raised {type(error).__name__}: {error}"
             right, rewarded = right + case.right, rewarded + (parts.get("answer") == 1)
             formatted, slowest = formatted + (parts.get("format") == 1), max(slowest, milliseconds)
             if problem:
                 failures.append(f"{name} case {index}: {problem}: {case.text[:300]!a} for {case.row}")
-        gate.left = 0
+        refused, gate.left = gate.refused, 0  # the sample compares, and grades nothing again
         failures += grade_sample(task, [make_case(name, seed, index) for index in range(min(cases, GRADE_SAMPLE))])
     return {"cases": cases, "right_by_construction": right, "rewarded": rewarded, "well_formed": formatted,
-            "slowest_ms": round(slowest, 2), "to_math_verify": gate.asked, "not_graded": gate.refused,
+            "slowest_ms": round(slowest, 2), "to_math_verify": gate.asked, "not_graded": refused,
             "math_verify_over_50_ms": gate.slow, "slowest_math_verify_ms": round(gate.slowest_ms, 1),
+            "slowest_math_verify_wall_ms": round(gate.slowest_wall_ms, 1),
             "failures": len(failures), "first_failures": failures[:SHOWN_FAILURES]}  # fmt: skip
 
 
-def fuzz(names: list[str], seed: int, cases: int, worker_cases: int) -> dict:
+def fuzz(names: list[str], seed: int, cases: int, worker_cases: int | None) -> dict:
     """All tasks, each in a process of its own if there are several."""
     begin = time.monotonic()
     shares = [cases // len(names) + (position < cases % len(names)) for position in range(len(names))]
@@ -595,7 +619,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1_000_000, help="in total")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--task", choices=TASKS, help="only this one")
-    parser.add_argument("--worker_cases", type=int, default=2000, help="math answers that math-verify may see")
+    parser.add_argument("--worker_cases", type=int, help="math answers that math-verify may see; default: all")
     arguments = parser.parse_args()
     names = [arguments.task] if arguments.task else list(TASKS)
     result = fuzz(names, arguments.seed, arguments.cases, arguments.worker_cases)

@@ -1,14 +1,16 @@
 """What a model's text is worth: parsing and grading of answers. A text can not hang, crash or execute anything here.
 
 Arithmetic is parsed by a small grammar and numbers by a regular expression: exact, bounded, never `eval`. Mathematics
-is compared by math-verify in a process of its own, which is killed when it takes too long.
+is compared by math-verify in a process of its own, which the kernel ends when it takes too long.
 """
 
 import contextlib
+import gc
 import json
 import mmap
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import threading
 import time
 import unicodedata
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
@@ -37,8 +40,10 @@ MAX_GRADED_LENGTH = 100_000
 
 MAX_ANSWER_LENGTH = 1000
 MAX_NUMBER_LENGTH = 40
+WORKER_SECONDS = 0.45  # of processor time for an answer: 3 times what the slowest of 82 typical right ones needs
 WORKER_MEMORY = 2 << 30  # bytes of address space
 WORKER_START_SECONDS = 120
+TIRED = 3  # exit code of a child that another one should follow
 
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*+\{|\\.|[{}]", re.DOTALL)
 UNBRACED_BOX = re.compile(r"\\(?:boxed|fbox)\s++([0-9A-Za-z.,/+-]++)(?=[\s$]|\Z)")
@@ -77,12 +82,48 @@ VALUE_WORDS = re.compile(
 )
 VALUE_LETTERS = frozenset("kKMBeExXyni")
 
-# what math-verify would read in the writer's favour: `1 2 3` as 6, `5 \text{ or 6}` as 5
-UNCLEAR_MATH = re.compile(
-    rf"(?<!_)[0-9][ '\"][0-9]|{TEXT_COMMAND}[^{{}}]*(?:[0-9]|\bor\b)|boxed|fbox|answer|\\\Z", re.IGNORECASE
+# what may reach math-verify: known signs, and numbers that stand alone (`0.0.0` would be 0, `1 2 3` would be 6)
+MATH_TEXT = re.compile(TEXT_COMMAND + r"([A-Za-z .,/()~-]*)\}")
+MATH_ALPHABET = re.compile(
+    rf"(?:(?:{INTEGER}(?:\.[0-9]++)?|\.[0-9]++)(?! ?[.0-9])|_[0-9]++|\\[A-Za-z]++|\\[{{}}|%\\]"
+    r"|[-A-Za-z {}()\[\]+*/^_=<>!,;:|&%≤≥≠∪∩∅])*+"
 )
-LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-NUMBER_BASE = re.compile(r"[0-9]_\{?([0-9]+)")
+UNCLEAR_MATH = re.compile(
+    r"""answer|\\\Z|[A-Za-z]{16}                       # what it would look for in the text, or take for many factors
+    |\\(?:[a-z]*space|q?quad|hfil|v(?:rule|center|box|skip)|phantom|boxed|fbox|ldots|displaystyle|approx
+    |text[a-z]*|mbox|math(?:rm|bf|it)|operatorname)  # not seen, or text that is more than a unit or `and`
+    |(?<![\\_A-Za-z])(?!(?:and|or)\b)[A-Za-z]+[ {]*[0-9.]  # `x2` is neither 2x nor x^2
+    # braces that show nothing: 2{3} is no product
+    |(?<![_0-9])[0-9]+\ ?\{|\)\ ?\{|(?<![]}\\A-Za-z^_ ])\ ?\{[^{}]*\}\ ?[0-9]
+    |\^[ {]*-?[0-9]{5}|\^\ ?(?:[0-9.]+|\{[^{}]*[0-9])\ ?[!^]|[0-9]{4}\ ?!|!\ ?[!^]  # giants
+    |%\ ?[0-9A-Za-z.({\\]|[(\[][^)\]]*(?<![A-Za-z])(?:and|or)(?![A-Za-z])  # 8% 00 is no product, (5, or 4) no pair
+    # infinity alone or at the end of an interval: anything may be equal to its multiples
+    |[0-9A-Za-z)\]}!%.^]\ ?(?:\\infty|inf)|\\[a-z]+\ (?:\\infty|inf)|(?:\\infty|inf(?:inity)?)\ ?[^] )},<>=\\;a-z]
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+FIRST_OF_FRACTION = re.compile(r"(\\[dtc]?frac) ?([0-9A-Za-z])(?= ?[{0-9A-Za-z])")  # \frac1{2}
+BRACE = re.compile(r"\\.|([{}])")
+MAX_NESTING = 12  # braces
+NAMES = re.compile(
+    r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+|(?<![A-Za-z])(?:and|or|inf(?:inity)?)(?![A-Za-z])|([A-Za-z])"
+)
+NUMBER_WITH_UNIT = re.compile(NUMBER.pattern + r"[A-Za-z ]*")
+BRACKETS = re.compile(r"[(\[][^()\[\]]*[)\]]")
+UNIT_LETTERS = frozenset("mghsLNJWVACF")
+SUBSCRIPT = re.compile(r"(?<![A-Za-z ]) ?_\W*(\w*)", re.ASCII)  # of anything but a name: the base of a number
+LAYOUT = re.compile(
+    r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac)|(?<![0-9A-Za-z\\]) (?![0-9]{3})|(?<!\\) (?![0-9A-Za-z])"
+)
+LAST_NAME = re.compile(r"(?<=[0-9}) ])([cdghlmost]|ab|bc|rd)\Z")  # names that math-verify takes for units
+
+# a worker grades these first: only then is it as fast as it will be
+WARM_UP = [
+    (r"\frac{1}{2}+x", "x+0.5"), (r"(1,\frac{\pi}{2})", r"(1, 0.5 \pi)"), (r"2\sqrt{3}", r"\sqrt{12}"), ("2+i", "i+2"),
+    (r"(-\infty,0)\cup[1,2]", r"(-\infty, 0) \cup [1, 2]"), ("(x+2)(x-5)", "x^2-3x-10"), ("y=-2x+1", "y = 1 - 2x"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 8/2 \end{pmatrix}"), ("1,2,3", "3,2,1"),
+    (r"\frac{x^2-1}{x-1}", "x+1"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"), (r"x \le 3", r"3 \ge x"),
+]  # fmt: skip
 
 
 class ExpressionError(ValueError):
@@ -322,17 +363,34 @@ def is_words(text: str) -> bool:
     return re.search("[A-Za-z]{4}", text) is not None and re.fullmatch("[A-Za-z .,'()-]+", text) is not None
 
 
+def has_value_words(text: str) -> bool:
+    """Words that are no units, or letters that are none."""
+    words = re.findall("[A-Za-z]+", text)
+    return any(VALUE_WORDS.fullmatch(word) or (len(word) == 1 and word not in UNIT_LETTERS) for word in words)
+
+
+def is_clear_math(text: str) -> bool:
+    """Mathematics that says one thing, and no giant one. The rest math-verify would mend in the writer's favour."""
+    if has_value_words(" ".join(MATH_TEXT.findall(text))):  # it would drop them as units
+        return False
+    text = MATH_TEXT.sub(",", FIRST_OF_FRACTION.sub(r"\1{\2}", text))  # text parts numbers
+    depths = list(accumulate((brace == "{") - (brace == "}") for brace in BRACE.findall(text)))
+    closed = not depths or (min(depths) == depths[-1] == 0 and max(depths) <= MAX_NESTING)
+    return closed and MATH_ALPHABET.fullmatch(text) is not None and not UNCLEAR_MATH.search(text)
+
+
 def math_is_correct(answer: str, reference: str, seconds: float = 5.0) -> bool:
-    """Whether the answer is mathematically what the reference is. More than `seconds` of work make it wrong.
+    """Whether the answer is mathematically what the reference is. More than WORKER_SECONDS of work make it wrong.
 
     The same text is correct, words are compared as words and plain numbers exactly; math-verify does the rest.
+    `seconds` by the clock are the last resort: they do not tell much work from a busy machine.
     """
     if len(answer) > MAX_ANSWER_LENGTH:
         return False
     answer, reference = clean_latex(answer), clean_latex(reference)
     if not answer or not reference or len(reference) > MAX_ANSWER_LENGTH:
         return False
-    if answer == reference:
+    if LAYOUT.sub("", answer) == LAYOUT.sub("", reference):
         return True
     if is_words(reference):
         return words_of(answer) == words_of(reference)
@@ -341,14 +399,25 @@ def math_is_correct(answer: str, reference: str, seconds: float = 5.0) -> bool:
     if plain and plain_reference:
         value = value_of(plain)
         return value is not None and value == value_of(plain_reference)
-    # what math-verify would read in the writer's favour: `1 2 3` as 6, `5 \text{ or 6}` as 5, `11_3` and `11_2` as 11
-    if has_foreign_digits(answer) or UNCLEAR_MATH.search(answer):
+    bases, right_bases = (SUBSCRIPT.findall(text) for text in (answer, reference))
+    if (bases and bases != right_bases) or not is_clear_math(answer):  # it reads `11_3` and `11_2` as 11
         return False
-    bases, right_bases = (NUMBER_BASE.findall(text) for text in (answer, reference))
-    if bases and bases != right_bases:
+    # a name that the reference has not is multiplied, and any times 0 is 0; and it takes 1,2 for (1,2)
+    stated = MATH_TEXT.sub("", answer.rpartition("=")[2])
+    unit = NUMBER_WITH_UNIT.fullmatch(simple_fractions(stated)) is not None and not has_value_words(stated)
+    known = {"", *("ei" if reference != "0" else ""), *NAMES.findall(reference.lower())}
+    if not unit and not set(NAMES.findall(stated.lower())) <= known:
         return False
-    if reference.strip("$ ") == "0" and LETTERS.search(answer):  # it reads words as a product, and any times 0 is 0
-        return False
+    if reference.startswith(("(", "[", r"\left")) and "=" not in answer:
+        inside = [BRACKETS.sub("", BRACKETS.sub("", text)) for text in (answer, reference)]
+        if "," in inside[0] and "," not in inside[1]:
+            return False
+    # it drops a unit at the end; in `3t` the t is a name, which braces protect
+    name = LAST_NAME.search(reference)
+    if name:
+        answer, reference = (
+            re.sub(rf"(?<![A-Za-z\\]){name[1]}\Z", f"{{{name[1]}}}", text) for text in (answer, reference)
+        )
     return ask_worker(answer, reference, seconds)
 
 
@@ -387,8 +456,9 @@ def start_worker() -> Worker:
 
 
 def stop_worker(worker: Worker) -> None:
-    """Kill it and leave nothing of it behind."""
-    worker.kill()
+    """Kill it with its child and leave nothing of it behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
     worker.stdin.close()
     worker.stdout.close()
@@ -413,15 +483,14 @@ def read_line(worker: Worker, seconds: float) -> str:
 def ask_worker(answer: str, reference: str, seconds: float) -> bool:
     """The verdict of the worker process, which is started if there is none and killed if it is late."""
     global WORKER
-    request = json.dumps([answer, reference, seconds]).encode() + b"\n"  # short: fits into the pipe, cannot block
+    request = json.dumps([answer, reference]).encode() + b"\n"  # short: fits into the pipe, cannot block
     with WORKER_LOCK:
         for _ in range(2):  # a worker that somebody else killed must not cost a right answer its reward
             worker, WORKER = WORKER or start_worker(), None
             try:
                 worker.stdin.write(request)
                 verdict = read_line(worker, seconds)
-                if verdict in ("right", "wrong"):
-                    WORKER = worker
+                WORKER = worker
                 return verdict.startswith("right")
             except TimeoutError:
                 return False
@@ -448,40 +517,61 @@ os.register_at_fork(after_in_child=forget_worker)
 
 
 def serve() -> None:
-    """The worker: reads [answer, reference, seconds] as a line of JSON, writes `right` or `wrong`, ends with its input.
+    """The worker: reads [answer, reference] as lines of JSON, writes `right 0.012`: the verdict and processor seconds.
 
-    `right, tired` and `wrong, tired` say that an answer left so much in memory that a new worker should go on.
+    A child grades, until an answer is too much for it: then the kernel ends it, whatever it is doing, with nothing
+    left half done, and the next child begins as the first one did. The worker ends with its input.
     """
-    import resource
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    replies = os.fdopen(os.dup(1), "w")
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    replies = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no reply
     for limit, size in ((resource.RLIMIT_AS, WORKER_MEMORY), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; a lower one may already be set
             resource.setrlimit(limit, (size, size))
-    try:  # the imports and the first answer take long, and are on no completion's account
-        greeting = "ready" if math_verify_says("1+x", "x+1") else "it finds x+1 and 1+x different"
+    try:  # the imports and the first answers take long, and are on no completion's account
+        wrong = [pair for pair in WARM_UP if not math_verify_says(*pair)]
+        greeting = f"it finds {wrong[0]} different" if wrong else "ready"
     except ImportError as error:  # anything else ends the process
         greeting = " ".join(str(error).split())
-    print(greeting, file=replies, flush=True)
+    os.write(replies, f"{greeting}\n".encode())
+    gc.freeze()  # nothing of this is garbage, and looking through it takes 50 ms
+    parent, ended = os.getpid(), TIRED
+    while ended in (TIRED, -signal.SIGPROF):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(grade_questions(replies, parent))
+            finally:
+                os._exit(1)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if ended == -signal.SIGPROF:
+            os.write(replies, f"wrong {WORKER_SECONDS}\n".encode())
+
+
+def grade_questions(replies: int, parent: int) -> int:
+    """The worker's child. Returns 0 at the end of the input, TIRED when an answer has left much in memory."""
     for line in sys.stdin:
-        answer, reference, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # kills it, should the parent be dead by then
-        verdict = "right" if math_verify_says(answer, reference) else "wrong"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if os.getppid() != parent:  # the worker was killed: a new one will answer
+            return 0
+        signal.setitimer(signal.ITIMER_PROF, WORKER_SECONDS)
+        begin = time.process_time()
+        verdict = "right" if math_verify_says(*json.loads(line)) else "wrong"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(replies, f"{verdict} {time.process_time() - begin:.4f}\n".encode())
         try:
             mmap.mmap(-1, WORKER_MEMORY // 2).close()
         except OSError:
-            verdict += ", tired"
-        print(verdict, file=replies, flush=True)
+            return TIRED
+    return 0
 
 
 def math_verify_says(answer: str, reference: str) -> bool:
     """math-verify's verdict, without any limit of time. An error is a wrong answer."""
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy.core.cache import clear_cache
 
+    clear_cache()  # it made verdicts on infinity depend on the answers before
     try:
         # between dollar signs, of which clean_latex left none: the whole text is the answer, no part of it
         gold, target = (

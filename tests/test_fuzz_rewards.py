@@ -49,6 +49,17 @@ def test_an_exception_and_a_slow_call_are_failures(monkeypatch):
     assert raised["failures"] == 2 and "raised ZeroDivisionError" in raised["first_failures"][0]
 
 
+def test_a_worker_that_is_slow_is_a_failure_and_all_answers_may_go_to_it(monkeypatch):
+    spent = f"wrong {(fuzz_rewards.SLOWEST_WORKER_MS + 1) / 1000}"
+    monkeypatch.setattr(fuzz_rewards, "GRADE_SAMPLE", 0)
+    monkeypatch.setattr(grading, "read_line", lambda worker, seconds: spent)
+    monkeypatch.setattr(grading, "ask_worker", lambda *given: grading.read_line(None, 1.0) == "right")
+    result = run_task("math", seed=0, cases=100, worker_cases=None)
+    assert result["to_math_verify"] == result["math_verify_over_50_ms"] > 10 and result["not_graded"] == 0
+    assert result["slowest_math_verify_ms"] > 400 and "ms of the worker" in result["first_failures"][0]
+    assert run_task("math", seed=0, cases=100, worker_cases=0)["not_graded"] > 10
+
+
 def test_a_format_reward_for_another_format_and_a_wrong_sum_are_failures(monkeypatch):
     monkeypatch.setattr(fuzz_rewards, "GRADE_SAMPLE", 0)
     monkeypatch.setattr(rl_datasets, "has_think_answer_format", lambda text: "</answer>" in text)
@@ -116,7 +127,11 @@ def test_the_gsm8k_evaluator_by_hand(answer, value):
      ("(2,1)", "(1,2)", False), ("EAST", "\\text{east}", True), ("seat", "\\text{east}", False),
      ("\\frac34", Fraction(3, 4), True), ("0.7", Fraction(3, 4), False), ("2^{3}", "2 \\cdot 4", True),
      ("((", "2", False),
-     ("6'2", Fraction(62), False), ('6"2', Fraction(62), False)],
+     ("6'2", Fraction(62), False), ('6"2', Fraction(62), False), ("2x+'3", "2x+3", False), ('2x"+3', "2x+3", False),
+     (r"\frac{x}6", r"\frac{x}{6}", True), (r"\frac x{{6}}", r"\frac{x}{6}", True), (r"\frac{x}7", r"\frac{x}6", False),
+     ("1{,\n}510", Fraction(1510), True), ("((4,5))", "(4,5)", True), ("[(4,5)]", "(4,5)", True),
+     ("(4,5]", "(4,5)", False), ("4,5", "(4,5)", False), ("2{3}", Fraction(6), False), ("2{3}", Fraction(23), True),
+     (r"0 \pm .0", Fraction(0), True), (r"5 \pm 1", Fraction(6), False), ("0.0.0", Fraction(0), False)],
 )  # fmt: skip
 def test_the_math_evaluator_by_hand(answer, truth, right):
     assert math_is_right(f"<answer>{answer}</answer>", truth) is right
