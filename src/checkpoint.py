@@ -18,7 +18,7 @@ import yaml
 from safetensors import safe_open
 
 from src.config import Config, ConfigError, dump_config
-from src.distributed import on_main
+from src.distributed import from_main, on_main
 from src.models import from_weights
 from src.optim import MemoryEfficientAdamW
 from src.sharding import cut_states, full, full_state, like, local
@@ -82,7 +82,7 @@ def save_model(model, tokenizer, folder: Path, step: int | None = None) -> None:
     def write(partial: Path) -> None:
         write_model(model, weights, tokenizer, partial)
 
-    on_main(write_safely, folder, "the final model", "the checkpoints are safe", {"step": step}, write)
+    from_main(write_safely, folder, "the final model", "the checkpoints are safe", {"step": step}, write)
 
 
 def finished_step(folder: Path) -> int | None:
@@ -145,7 +145,7 @@ def save_checkpoint(
     earlier = list_checkpoints(folder)
     safe = f"step {step_of(earlier[-1])} is safe in {earlier[-1].name}" if earlier else "there is no earlier one"
     about = {"step": step, "score": score if score is not None and math.isfinite(score) else None}
-    on_main(write_safely, folder / f"step_{step:06d}", f"the checkpoint of step {step}", safe, about, write)
+    from_main(write_safely, folder / f"step_{step:06d}", f"the checkpoint of step {step}", safe, about, write)
     on_main(drop_checkpoints, folder, step, keep)
 
 
@@ -261,7 +261,7 @@ def load_checkpoint(folder: Path, model, optimizer, controllers, trust_remote_co
     return state
 
 
-def check_same_experiment(folder: Path, config: Config) -> None:
+def check_same_experiment(folder: Path, config: Config, refuse: bool = True) -> None:
     """A run folder goes on only with the config it was made with; its length, intervals and hub may change."""
     if not (folder / "config.yaml").exists():
         return
@@ -281,7 +281,10 @@ def check_same_experiment(folder: Path, config: Config) -> None:
             if before != now and name in ("learning_rate", "max_gen_len"):  # what advice in mid-run names
                 logger.warning(f"{section}.{name} was {before} so far and is {now} from here on")
             elif before != now and name not in free:
-                raise ConfigError(
+                wrong = (
                     f"{folder} was made with {section}.{name} = {before}, this config says {now}; "
                     f"use --fresh to start over, or another config file name"
                 )
+                if refuse:
+                    raise ConfigError(wrong)
+                logger.warning(wrong)

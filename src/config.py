@@ -214,7 +214,7 @@ class TrainingConfig:
         0.0,
         "Scale a prompt's advantages by 1 / (1 + this / log G x semantic entropy) (SEED-GRPO).",
         minimum=0,
-        read_by=("none", "kl", "approx_kl", "ot"),
+        read_by=RATIO_READERS,
     )
     entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
     old_logprobs: str = key(
@@ -325,13 +325,13 @@ class TrainingConfig:
         None,
         "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta stays.",
         above=0,
-        read_by=("kl", "approx_kl", "ot", "maxent"),
+        read_by=(*RATIO_READERS[1:], "maxent"),
     )
     beta_horizon: float = key(
-        10.0, "Updates over which beta follows.", above=0.2, read_by=("kl", "approx_kl", "ot", "maxent")
+        10.0, "Updates over which beta follows.", above=0.2, read_by=(*RATIO_READERS[1:], "maxent")
     )
-    beta_min: float = key(1e-4, "Smallest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
-    beta_max: float = key(10.0, "Largest beta.", above=0, read_by=("kl", "approx_kl", "ot", "maxent"))
+    beta_min: float = key(1e-4, "Smallest beta.", above=0, read_by=(*RATIO_READERS[1:], "maxent"))
+    beta_max: float = key(10.0, "Largest beta.", above=0, read_by=(*RATIO_READERS[1:], "maxent"))
     # the optimizer
     learning_rate: float = key(1e-6, "Peak learning rate.", above=0)
     warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)

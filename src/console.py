@@ -190,11 +190,12 @@ def clock(seconds: float) -> str:
 def step_line(step: int, max_steps: int, metrics: dict[str, float], left: float) -> str:
     """One step in one line; `left` is in seconds."""
     seconds = metrics["time/rollout"] + metrics["time/update"]
+    kl = metrics.get("train/kl", metrics.get("train/kl_k3"))  # the exact one, where it is known
     words = [
         f"step {step}/{max_steps}",
         f"reward {metrics['train/reward']:.3f}",
         f"answer {metrics['train/answer']:.3f}" if "train/answer" in metrics else "",
-        f"kl {metrics['train/kl_k3']:.4f}" if "train/kl_k3" in metrics else "",
+        f"kl {kl:.4f}" if kl is not None else "",
         f"entropy {metrics['train/entropy']:.3f}" if "train/entropy" in metrics else "",
         f"length {metrics['rollout/length']:.1f}",
         f"{metrics['rollout/tokens_per_second']:,.0f} tokens/s",

@@ -27,6 +27,10 @@ PATIENCE = timedelta(hours=2)  # ranks wait this long for the slowest rollout; a
 LOST = ("closed by peer", "reset by peer", "refused", "broken pipe", "unhandled system error", "remote process exited")
 
 
+class AloneError(RunError):
+    """Where the other processes are in the middle of something and cannot be asked: torchrun will end them."""
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -48,6 +52,7 @@ def session() -> Iterator[None]:
         logging.getLogger("grpo").addFilter(lambda record: record.levelno >= logging.WARNING)
     try:
         yield
+        dist.barrier()  # nobody hangs up while another one still reads
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in LOST):
             raise
@@ -56,8 +61,7 @@ def session() -> Iterator[None]:
             f"rank {rank()} has lost another process of this run; the last checkpoint is safe, and the same command "
             f"goes on from there ({str(error).splitlines()[0]})"
         ) from error
-    dist.barrier()  # nobody hangs up while another one still reads; after an error nobody waits
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
 class Nothing:
@@ -90,6 +94,8 @@ def together(work: Callable[[], list | None]) -> Any:
         return work()
     try:
         mine: Any = work()
+    except AloneError:
+        raise
     except (Stopped, RunError, ConfigError) as error:
         mine = error
     everything = gather(mine)

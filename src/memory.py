@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from src.config import ConfigError, RunError
-from src.distributed import world
+from src.config import ConfigError
+from src.distributed import AloneError, world
 from src.packing import Group, split_into_microbatches
 from src.penalties import PENALTIES
 from src.sampler import cache_shape
@@ -87,7 +87,7 @@ def shrink_microbatches(run, groups: list[Group], reason: str) -> None:
     """Half of the largest micro-batch from now on; the gradient does not depend on it."""
     training = run.config.training
     if is_sharded(run.model):
-        raise RunError(
+        raise AloneError(
             f"out of memory in the update ({reason}), where the other processes wait for this one; the last checkpoint "
             f"is safe: go on from it with half the training.micro_batch_size or max_tokens_per_microbatch"
         )

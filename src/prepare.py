@@ -20,6 +20,7 @@ from src.models import end_token_ids, load_model, load_tokenizer, resolve_device
 from src.offline import given_groups
 from src.optim import build_optimizer
 from src.packing import Episode, Group, check_attention
+from src.penalties import PENALTIES
 from src.rewards import Rewards
 from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
 from src.sampler import free_memory
@@ -69,7 +70,8 @@ def fitting_problems(config: Config, task, rows: list[dict], tokenizer, split: s
 
 def warn_of_idle_penalty(training: TrainingConfig) -> None:
     """With one update a rollout the rollout anchor is the policy itself: distance and gradient are zero (k1: noise)."""
-    idle = training.loss_type in ("kl", "approx_kl") or (training.loss_type == "ot" and training.ot_debias)
+    penalty = PENALTIES[training.loss_type]
+    idle = penalty.needs_anchor and not penalty.is_objective and (training.loss_type != "ot" or training.ot_debias)
     if training.anchor == "rollout" and training.minibatches * training.inner_epochs == 1 and idle:
         logger.warning(
             "anchor: rollout with one update a rollout compares the policy with itself: the penalty does nothing; "
@@ -139,6 +141,10 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     """Load data and model; ConfigError for whatever is wrong with them."""
     training = config.training
     device = resolve_device(config.model.device)
+    if world() > 1 and device.index is not None:
+        raise ConfigError(
+            f"{config.source}: model.device: {device} would be that of every process; with several set it to cuda"
+        )
     check_hub_keys(config.hub, config.source)
     if for_training:
         check_hub(config.hub)

@@ -20,7 +20,7 @@ from pathlib import Path
 from reprlib import repr as short_repr  # bounded, and it survives a __repr__ that raises
 from typing import TYPE_CHECKING, Any
 
-from src.config import ConfigError, DataConfig
+from src.config import LOSS_TYPES, ConfigError, DataConfig
 
 if TYPE_CHECKING:  # it imports torch, which this file does without
     from src.packing import Group
@@ -35,6 +35,7 @@ RESERVED_NAMES = {
     *("reward", "answer", "greedy", "length", "finished", "loss", "policy_loss", "penalty", "entropy", "entropy_bonus"),
     *("kl", "kl_k1", "kl_k3", "clip_fraction", "grad_norm", "learning_rate", "skipped_updates", "beta"),
     "groups_without_variance",
+    *LOSS_TYPES,  # the metric of a penalty
 }
 
 

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import random
 import re
@@ -41,6 +42,7 @@ from src.grading import (
 )
 from src.rows import keep_tenth, open_source
 
+logger = logging.getLogger("grpo")
 SPLITS = ("train", "validation", "test")  # of generated problems
 GENERATED_EVAL_SIZE, MAX_EVAL_SIZE = 256, 1000
 MAX_ATTEMPTS = 20_000
@@ -458,7 +460,9 @@ def get_task(name: str, data: DataConfig | None = None):
         raise ConfigError(f"{name} {problem} known are: {', '.join([*TASKS, *own])}")
     missing = [method for method in ("load", "messages", "reward") if not callable(getattr(found[0], method, None))]
     if missing:
-        raise ConfigError(f"{data.task_file}: class {found[0].__name__} must have the methods {', '.join(missing)}")
+        raise ConfigError(
+            f"{data.task_file}: class {found[0].__name__} lacks {', '.join(missing)}; it needs load, messages, reward"
+        )
     with in_user_code(found[0].__module__, f"{found[0].__name__} cannot be made"):
         task = found[0](data) if inspect.signature(found[0]).parameters else found[0]()
     if not isinstance(getattr(task, "data", data), DataConfig):
@@ -564,6 +568,10 @@ def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> lis
             "for all tasks but countdown; take another model, or set data.prompt_format: raw"
         )
     all_ids = tokenizer(texts, add_special_tokens=raw, return_attention_mask=False).input_ids
+    unknown = sum(ids.count(getattr(tokenizer, "unk_token_id", None)) for ids in all_ids)
+    unknown /= max(1, sum(map(len, all_ids)))
+    if unknown > 0.1:
+        logger.warning(f"the model's tokenizer does not know {unknown:.0%} of the prompts' tokens; take another model")
     return [
         Problem(index, tuple(ids), text, row)
         for index, (ids, text, row) in enumerate(zip(all_ids, texts, rows, strict=True))

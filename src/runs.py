@@ -16,7 +16,7 @@ import yaml
 # what names a method in a legend, after its loss type; a target of 0 is no target, and is left out
 LABEL_OPTIONS = {
     "kl": ("beta", "kl_target"), "approx_kl": ("beta", "kl_target"), "ot": ("beta", "ot_window", "ot_target"),
-    "maxent": ("tau", "beta"), "listwise_kl": ("q_temperature",),
+    "maxent": ("tau", "beta"), "listwise_kl": ("q_temperature",), "none": (),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def method(run: Run) -> str:
     """`ot beta 0.5 window 8`: the loss type and the options that matter to it; the folder's name without a config."""
     options = run.options
     loss_type = options.get("training.loss_type", run.name)
-    shown = {name: options.get(f"training.{name}") for name in LABEL_OPTIONS.get(loss_type, ())}
+    shown = {name: options.get(f"training.{name}") for name in LABEL_OPTIONS.get(loss_type, ("beta",))}
     return " ".join([loss_type, *(f"{name.rpartition('_')[2]} {value}" for name, value in shown.items() if value)])
 
 
@@ -176,7 +176,7 @@ def summary(runs: list[Run], tag: str = "eval/pass@1") -> list[dict]:
     for run in runs:
         options = {name.rpartition(".")[2]: value for name, value in run.options.items()}
         loss_type = options.get("loss_type", run.name)
-        read = {name: options.get(name) for name in LABEL_OPTIONS.get(loss_type, ())}
+        read = {name: options.get(name) for name in LABEL_OPTIONS.get(loss_type, ("beta",))}
         accuracies = [(row[tag], row.get(f"{tag}_ci95")) for row in run.rows if row.get(tag) is not None]
         seconds = [row["time/rollout"] + row["time/update"] for row in run.rows if "time/update" in row]
         table.append({

@@ -30,7 +30,8 @@ def is_sharded(model) -> bool:
 def shard(model, device: torch.device) -> Any:
     """Keep only this rank's slice of each weight. What calls decoder or head then goes through `within`."""
     mesh, policy = init_device_mesh(device.type, (world(),)), MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for module in (*model.get_decoder().layers, model):
+    layers = next(part for part in model.get_decoder().children() if isinstance(part, torch.nn.ModuleList))
+    for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the denominators are global: a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
@@ -74,16 +75,19 @@ def evened(model, mine: list[list], groups: Sequence) -> Iterator[tuple[list, bo
     passes = max(gather(len(mine))) if is_sharded(model) else len(mine)  # before the first pass: it is an exchange too
     yield from ((pieces, True) for pieces in mine)
     smallest = min(groups, key=lambda group: sum(len(episode.token_ids) for episode in group.episodes))
-    idle = tuple(replace(episode, token_weight=0.0, episode_weight=0.0) for episode in smallest.episodes)
-    yield from [([replace(smallest, episodes=idle)], False)] * (passes - len(mine))
+    shortest = min(smallest.episodes, key=lambda episode: len(episode.token_ids))
+    idle = replace(smallest, episodes=(replace(shortest, token_weight=0.0, episode_weight=0.0),))
+    yield from [([idle], False)] * (passes - len(mine))
 
 
 def sum_gradients(model) -> None:
     """Over the ranks of a replicated model; of a sharded one FSDP has already done it."""
     if world() == 1 or is_sharded(model):
         return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    parameters = list(model.parameters())
+    used = gather([index for index, parameter in enumerate(parameters) if parameter.grad is not None])
+    for index, parameter in enumerate(parameters):
+        if any(index in indices for indices in used):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             exact = gradient.float()  # bf16 would be rounded once a rank
             dist.all_reduce(exact)
@@ -101,7 +105,12 @@ def full(value: Any) -> Any:
         return {name: full(entry) for name, entry in value.items()}
     if isinstance(value, list):
         return [full(entry) for entry in value]
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    if value.dtype == torch.int16:  # neither gloo nor NCCL knows it
+        wider: Any = value.int()
+        return wider.full_tensor().short().cpu()
+    return value.full_tensor().cpu()
 
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:

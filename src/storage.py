@@ -32,6 +32,10 @@ class StorageError(RunError):
             f"make room there or make it writable, then give the same command again"
         )
 
+    def __reduce__(self):
+        """To other processes it goes as its sentence."""
+        return RunError, self.args
+
 
 def storage_problem(error: BaseException | None) -> str | None:
     """What the operating system said, if it is the reason of an error; torch and safetensors wrap it."""

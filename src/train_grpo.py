@@ -26,7 +26,7 @@ from src.checkpoint import (
 )
 from src.config import Config, ConfigError, RunError, TrainingConfig, dump_config
 from src.console import RESULT, configure_logging, first_completions, log_block
-from src.distributed import from_main, on_main, share, together, total, world
+from src.distributed import AloneError, from_main, gather, on_main, share, together, total, world
 from src.evaluate import (
     accuracy_line,
     answers_of,
@@ -391,7 +391,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     metrics |= {
         "train/groups_without_variance": flat / len(groups),
         "rollout/failed_groups": len(questions) - len(groups),
-        "rewards/errors": sum(total({name: count for (name, _), count in run.rewards.faults.items()}).values()),
+        "rewards/errors": sum(gather(sum(run.rewards.faults.values()))),
         "rollout/length": tokens / len(episodes),
         "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
         "rollout/tokens_per_second": tokens / seconds["time/rollout"],
@@ -415,7 +415,7 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
         newest = from_main(newest_checkpoint, folder / "checkpoints")
         trust = config.model.trust_remote_code
         state = load_checkpoint(newest, run.model, run.optimizer, run.controllers, trust) if newest else None
-        if state and state["step"] >= run.max_steps and finished_step(folder / "final") == state["step"]:
+        if state and state["step"] >= run.max_steps and from_main(finished_step, folder / "final") == state["step"]:
             logger.log(RESULT, f"{folder} is complete: {accuracy_line(state['last_evaluation'])}; --fresh starts over")
             on_main(push, run, folder, state["first_evaluation"], state["last_evaluation"])
             return state["last_evaluation"]
@@ -477,8 +477,8 @@ def train_loop(run: Run, folder: Path, telemetry: Telemetry, state: dict | None)
                 started = time.perf_counter()
                 last = evaluate(run)
                 unwritten |= last | {"time/evaluate": time.perf_counter() - started}
-        except (Stopped, RunError, ConfigError):
-            if done > saved and not run.mid_update:
+        except (Stopped, RunError, ConfigError) as error:
+            if done > saved and not run.mid_update and not isinstance(error, AloneError):
                 save()
                 saved = done
             logger.log(RESULT, f"stopped; the first {saved} steps are saved, the same command goes on from there")
@@ -556,13 +556,14 @@ def run_evaluation(config: Config, dataset_name: str, work_dir: str | Path = "."
             on_main(set_aside, folder)
     with on_main(RunLock, folder):
         metrics = evaluate(run, folder, dataset_name)
-    logger.log(RESULT, f"{accuracy_line(metrics)}\nreport.json and completions.jsonl are in {folder}")
+    model = config.model.pretrained_model_path
+    logger.log(RESULT, f"{model}: {accuracy_line(metrics)}\nreport.json and completions.jsonl are in {folder}")
     return metrics
 
 
 def run_check(config: Config, dataset_name: str, work_dir: str | Path = ".") -> None:
     """--check: load config, data and model, say what would happen, and write nothing."""
     configure_logging()
-    check_same_experiment(run_folder(config, dataset_name, work_dir), config)
+    check_same_experiment(run_folder(config, dataset_name, work_dir), config, refuse=False)
     describe(prepare(config, dataset_name), dataset_name)
     logger.log(RESULT, "everything is in order; nothing was written")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from src import optim
-from src.optim import BLOCK, MemoryEfficientAdamW, build_optimizer, decode_master, encode_master
+from src.optim import BLOCK, MemoryEfficientAdamW, build_optimizer, decode_master, decoded, encode_master, encoded
 
 ALL_BITS = [(master, state) for master in (24, 32) for state in (8, 16, 32)]
 SHAPES = [(7, 19), (300,), (), (64, 128), (1,)]
@@ -655,3 +655,19 @@ def test_cuda_offload_equals_cuda_and_agrees_with_the_cpu(monkeypatch, master_bi
     assert same_bits(results[1], results[2])
     for cpu, cuda in zip(results[0], results[1], strict=True):
         torch.testing.assert_close(cpu, cuda, rtol=0.02, atol=0.02)
+
+
+def test_8_bit_moments_survive_decoding_for_another_number_of_processes():
+    parameter = torch.nn.Parameter(torch.randn(37, 11, dtype=torch.bfloat16))
+    optimizer = MemoryEfficientAdamW([parameter], lr=1e-2)
+    for _ in range(5):
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    states = optimizer.state_dict()["state"][0]
+    whole = decoded(states)
+    assert whole["decoded_momentum"].shape == (407,) and float(whole["decoded_variance"].min()) > 0
+    again = decoded(encoded(whole, (0.9, 0.999)))
+    for name in ("decoded_momentum", "decoded_variance"):
+        largest = float(whole[name].abs().max())
+        torch.testing.assert_close(again[name], whole[name], rtol=0.05, atol=0.02 * largest)
+    assert torch.equal(again["correction"], states["correction"])

@@ -425,7 +425,8 @@ def test_a_penalty_of_ones_own(tmp_path):
     assert rows[2]["train/hellinger"] != 0
 
 
-@executes("# my_task.py", "--set data.task_file=my_task.py --dataset_name SortList")
+@executes("# my_task.py", "--set data.task_file=my_task.py --dataset_name SortList",
+          "--set data.prompt_format=raw --set training.max_prompt_len=400")  # fmt: skip
 def test_a_task_of_ones_own(run, tmp_path):
     (tmp_path / "my_task.py").write_text(block_that_begins("# my_task.py"))
     more = ["data.prompt_format=raw", "training.max_prompt_len=400"]

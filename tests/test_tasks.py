@@ -844,7 +844,7 @@ def test_unknown_names_list_what_there_is(own):
     assert sentence(error).startswith(f"zzz is not a dataset; known are: {known}")
     with pytest.raises(ConfigError, match="twonames is the name of two classes; known are: countdown"):
         get_task("twonames", DataConfig(task_file=own))
-    with pytest.raises(ConfigError, match=r"my_tasks.py: class Half must have the methods messages, reward"):
+    with pytest.raises(ConfigError, match=r"my_tasks.py: class Half lacks messages, reward"):
         get_task("half", DataConfig(task_file=own))
 
 
@@ -860,7 +860,7 @@ METHODS = "    def load(self, split): return [{'a': 1}]\n    def messages(self, 
         ("import sys\nsys.exit(0)\n", "line 2: data.task_file cannot be imported: SystemExit: 0"),
         ("class Other: pass\n", "mine is not a dataset; known are: countdown, gsm8k, math, scored, Other"),
         ("Mine = 5\n", "mine is not a dataset; known are: countdown, gsm8k, math, scored"),
-        (f"class Mine:\n    load = 1\n{METHODS.partition(chr(10))[2]}", "class Mine must have the methods load"),
+        (f"class Mine:\n    load = 1\n{METHODS.partition(chr(10))[2]}", "class Mine lacks load"),
         (
             f"class Mine:\n    def __init__(self, data):\n        data.nope\n{METHODS}",
             "line 3: Mine cannot be made: Attri",

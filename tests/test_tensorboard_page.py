@@ -120,7 +120,9 @@ def test_every_chart_of_the_layout_has_the_lines_it_should(server):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_what_the_loop_measures_is_not_taken_for_a_part_of_the_reward(tmp_path, loss_type):
-    (file,) = TINY.glob(f"config_{loss_type}_*tiny.yaml")
+    files = list(TINY.glob(f"config_{loss_type}_*tiny.yaml"))
+    assert len(files) == 1, f"add configs/configs_tiny/config_{loss_type}_..._tiny.yaml"
+    (file,) = files
     run_training(load_config(file, [*SHORT, "training.max_steps=1"]), "countdown", tmp_path)
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
     measured = {tag for tag in json.loads(metrics.read_text().splitlines()[-1]) if tag.startswith("train/")}
