@@ -183,6 +183,7 @@ def test_hparams_can_be_sorted_by_accuracy_and_show_what_varies(server, runs):
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_pages_show_it_all(tmp_path):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("there is no chromium, so TensorBoard's pages cannot be looked at; `apt-get install chromium`")
