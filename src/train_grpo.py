@@ -556,8 +556,7 @@ def run_evaluation(config: Config, dataset_name: str, work_dir: str | Path = "."
             on_main(set_aside, folder)
     with on_main(RunLock, folder):
         metrics = evaluate(run, folder, dataset_name)
-    model = config.model.pretrained_model_path
-    logger.log(RESULT, f"{model}: {accuracy_line(metrics)}\nreport.json and completions.jsonl are in {folder}")
+    logger.log(RESULT, f"{config.model.pretrained_model_path}: {accuracy_line(metrics)}\nthe report is in {folder}")
     return metrics
 
 
