@@ -76,7 +76,6 @@ def write_model(model, weights: dict[str, dict], tokenizer, folder: Path) -> Non
 
 def save_model(model, tokenizer, folder: Path, step: int | None = None) -> None:
     """Weights, config and tokenizer: AutoModelForCausalLM loads the folder. `step`: what finished_step returns."""
-
     weights = full_state(model)
 
     def write(partial: Path) -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, histogram, hparams, scalar, text
 from tqdm import tqdm
 
-from src.config import LOSS_TYPES
 from src.console import RESULT, Stalls, configure_logging, log_block, shows_bar, step_line, summary, visible
 from src.distributed import gather
 from src.rewards import RESERVED_NAMES
@@ -40,7 +39,7 @@ HPARAM_COLUMNS = ("batch_size", "beta", "learning_rate", "loss_type", "random_se
 
 # The page Custom Scalars: charts by the question they answer, lines by regular expressions that match from the start of
 # a tag. The same for every run: TensorBoard shows the charts of all runs, and equal ones once.
-PARTS_OF_THE_REWARD = f"train/(?!({'|'.join(sorted(RESERVED_NAMES - {'reward', 'answer'} | set(LOSS_TYPES)))})$)"
+PARTS_OF_THE_REWARD = f"train/(?!({'|'.join(sorted(RESERVED_NAMES - {'reward', 'answer'}))})$)"
 LAYOUT = {
     "Does it learn?": {
         "held-out accuracy": ["eval/greedy$", "eval/pass@1$", "eval/pass@8$"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src import distributed
+from src import distributed, sharding
 from src.config import ConfigError, load_config
-from src.distributed import Nothing, from_main, gather, on_main, share, together, total
+from src.distributed import AloneError, Nothing, from_main, gather, on_main, share, together, total
+from src.packing import Episode, Group
+from src.rl_datasets import Problem
+from src.storage import StorageError
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = PROJECT / "configs" / "configs_tiny"
@@ -267,6 +271,38 @@ def test_what_one_process_raises_all_raise(monkeypatch):
     assert together(lambda: ["a"]) == ["a", "b"]
     monkeypatch.setattr(distributed, "gather", lambda mine: [mine, {"y": 2.0, "x": 1.0}])
     assert total({"x": 1.0}) == {"x": 2.0, "y": 2.0}
+
+
+def test_an_error_that_nobody_can_be_asked_about_is_not_shared(monkeypatch):
+    pretend(monkeypatch, 2, 0)
+    monkeypatch.setattr(distributed, "gather", lambda mine: pytest.fail("the others are somewhere else"))
+
+    def out_of_memory():
+        raise AloneError("out of memory")
+
+    with pytest.raises(AloneError):
+        together(out_of_memory)
+
+
+def test_a_full_disk_can_be_told_to_the_other_processes():
+    error = StorageError("the checkpoint", OSError(28, "No space left on device"), "step 3 is safe")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) and "step 3 is safe" in str(error)
+
+
+def test_an_idle_pass_is_one_completion_without_weight(monkeypatch):
+    def episode(length):
+        return Episode((1,) * length, (0.0,) * length, True, "", token_weight=1.0, episode_weight=1.0)
+
+    groups = [
+        Group(Problem(i, (1,), "", {}), tuple(map(episode, lengths))) for i, lengths in enumerate([(9, 8), (3, 5)])
+    ]
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    monkeypatch.setattr(sharding, "gather", lambda mine: [mine, 3])
+    first, *idle = sharding.evened(None, [[groups[0]]], groups)
+    assert first == ([groups[0]], True) and len(idle) == 2
+    for [group], counts in idle:
+        assert not counts and [len(e.token_ids) for e in group.episodes] == [3]
+        assert [(e.token_weight, e.episode_weight) for e in group.episodes] == [(0.0, 0.0)]
 
 
 def test_one_process_is_alone(monkeypatch):
