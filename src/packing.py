@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from src import cpu_attention
 from src.config import ConfigError
 from src.rl_datasets import Problem
 
@@ -143,9 +144,12 @@ class PackedAttention:
                 for x, index in ((query, tile.query_index), (key, tile.key_index), (value, tile.key_index))
             )  # [S, heads, L or K, D]
             grouped = query.shape[1] != key.shape[1]
-            output = scaled_dot_product_attention(
-                tiled_query, tiled_key, tiled_value, attn_mask=tile.mask, scale=scaling, enable_gqa=grouped
-            )
+            if cpu_attention.applies(tiled_query, tiled_key):
+                output = cpu_attention.attend(tiled_query, tiled_key, tiled_value, tile.mask, scaling)
+            else:
+                output = scaled_dot_product_attention(
+                    tiled_query, tiled_key, tiled_value, attn_mask=tile.mask, scale=scaling, enable_gqa=grouped
+                )
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # [S * L, H, D]
         return torch.cat(outputs).index_select(0, self.output_index)[None]
 

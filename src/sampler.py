@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from src.config import ConfigError
+from src.cpu_weights import in_order_of_the_processor
 from src.packing import Episode, Group, PackedAttention
 from src.rl_datasets import Problem
 from src.scoring import head_logits
@@ -338,11 +339,12 @@ class SlotDecoder:
 
     def run(self, check_stop: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         """Decode until every episode has ended: tokens and log-probs [episodes, max_new_tokens], junk after the end."""
-        while self.refill():
-            if check_stop is not None:
-                check_stop()
-            for _ in range(SYNC_EVERY):
-                self.step()
+        with in_order_of_the_processor(self.model, len(self.episodes), free_memory(self.model.device)):
+            while self.refill():
+                if check_stop is not None:
+                    check_stop()
+                for _ in range(SYNC_EVERY):
+                    self.step()
         return self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()
 
 

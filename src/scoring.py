@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from src.packing import PackedBatch
@@ -54,22 +55,59 @@ def hidden_states(model, batch: PackedBatch) -> Tensor:
     return within(model, decode, batch)[0].index_select(0, batch.predictor_index)
 
 
+class TokenStatistics(torch.autograd.Function):
+    """What is wanted of a distribution, each [tokens]: log-prob of the target, entropy, anchor's log-prob, exact KL.
+
+    The gradient is written out: autograd would go over the vocabulary a dozen times, and keep most of the results.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target_ids, anchor_logits, kl_direction):
+        ctx.set_materialize_grads(False)
+        target = target_ids[:, None]  # [tokens, 1]
+        logprobs = logits.log_softmax(-1)  # [tokens, vocab]
+        work = logprobs.exp()  # [tokens, vocab]
+        entropy = -work.mul_(logprobs).sum(-1)
+        anchor_logprobs = anchor_chosen = kl = None
+        if anchor_logits is not None:
+            anchor_logprobs = anchor_logits.log_softmax(-1)  # [tokens, vocab]
+            anchor_chosen = anchor_logprobs.gather(-1, target)[:, 0]
+        if kl_direction == "reverse":
+            kl = (logprobs.exp() * (logprobs - anchor_logprobs)).sum(-1)
+        elif kl_direction == "forward":
+            kl = (anchor_logprobs.exp() * (anchor_logprobs - logprobs)).sum(-1)
+        ctx.kl_direction = kl_direction
+        ctx.save_for_backward(logprobs, target, entropy, None if kl is None else anchor_logprobs, kl)
+        return logprobs.gather(-1, target)[:, 0], entropy, anchor_chosen, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_chosen, of_entropy, _, of_kl):
+        """Gradients by the logits: [i is the target] - p_i, -p_i (log p_i + H), and those of the two KLs."""
+        logprobs, target, entropy, anchor_logprobs, kl = ctx.saved_tensors
+        probabilities = logprobs.exp()  # [tokens, vocab]
+        gradient = torch.zeros_like(probabilities) if of_chosen is None else probabilities * -of_chosen[:, None]
+        if of_chosen is not None:
+            gradient.scatter_add_(-1, target, of_chosen[:, None])
+        if of_entropy is not None:
+            gradient -= of_entropy[:, None] * probabilities * (logprobs + entropy[:, None])
+        if of_kl is not None and ctx.kl_direction == "reverse":
+            gradient += of_kl[:, None] * probabilities * (logprobs - anchor_logprobs - kl[:, None])
+        elif of_kl is not None:
+            gradient += of_kl[:, None] * (probabilities - anchor_logprobs.exp())
+        return gradient, None, None, None
+
+
 def score_chunk(model, hidden, target_ids, temperature, anchor, anchor_hidden, kl_direction):
     """Log-prob, entropy, anchor log-prob and KL of one chunk of tokens, each [tokens]."""
-    logprobs = (head_logits(model, hidden) / temperature).log_softmax(-1)  # [tokens, vocab]
-    chosen = logprobs.gather(-1, target_ids[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    if anchor is None:
-        return chosen, entropy, None, None
-    with torch.no_grad():
-        anchor_logprobs = (head_logits(anchor, anchor_hidden) / temperature).log_softmax(-1)  # [tokens, vocab]
-    anchor_chosen = anchor_logprobs.gather(-1, target_ids[:, None])[:, 0]
-    kl = None
-    if kl_direction == "reverse":
-        kl = (logprobs.exp() * (logprobs - anchor_logprobs)).sum(-1)
-    elif kl_direction == "forward":
-        kl = (anchor_logprobs.exp() * (anchor_logprobs - logprobs)).sum(-1)
-    return chosen, entropy, anchor_chosen, kl
+    logits, anchor_logits = head_logits(model, hidden), None  # [tokens, vocab]
+    if anchor is not None:
+        with torch.no_grad():
+            anchor_logits = head_logits(anchor, anchor_hidden)
+    if temperature != 1:
+        logits = logits / temperature
+        anchor_logits = None if anchor_logits is None else anchor_logits / temperature
+    return TokenStatistics.apply(logits, target_ids, anchor_logits, kl_direction)
 
 
 def score(

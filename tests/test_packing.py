@@ -28,7 +28,7 @@ from src.packing import (
     split_into_microbatches,
 )
 from src.rl_datasets import Problem
-from src.scoring import score
+from src.scoring import TokenStatistics, score
 
 SHAPE = dict(
     vocab_size=61,
@@ -134,6 +134,25 @@ def test_a_sibling_and_a_neighbour_group_do_not_leak():
     alone = score(packed, pack([replace(groups[0], episodes=groups[0].episodes[2:3])], "cpu", torch.float32), 1.0)
     together = score(packed, pack(groups, "cpu", torch.float32), 1.0)
     torch.testing.assert_close(together.logprobs[8:20], alone.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("direction", [None, "reverse", "forward"])
+def test_the_written_out_gradients_of_the_head_are_those_of_autograd(direction):
+    generator = torch.Generator().manual_seed(4)
+    logits, anchor = (torch.randn(7, 13, generator=generator, dtype=torch.float64) for _ in range(2))
+    ids = torch.randint(13, (7,), generator=generator)
+    given = anchor if direction else None
+
+    def wanted(logits):
+        results = TokenStatistics.apply(logits, ids, given, direction)
+        return tuple(x for x in results if x is not None and x.requires_grad)
+
+    logits.requires_grad_()
+    assert len(wanted(logits)) == (3 if direction else 2)  # log-prob, entropy, and KL where it is asked for
+    assert torch.autograd.gradcheck(wanted, logits)
+    chosen, entropy = TokenStatistics.apply(logits, ids, given, direction)[:2]
+    alone = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (chosen, entropy)]
+    torch.testing.assert_close(torch.autograd.grad((chosen + entropy).sum(), logits)[0], sum(alone))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,281 @@
+"""A whole GRPO step against TRL's GRPOTrainer: the same weights, prompts, lengths, micro-batch and loss, in turn.
+
+    uv run --group benchmarks python -m benchmarks.step --shape smollm2-135m     # on a CPU: about 10 minutes
+    uv run python -m benchmarks.step --shape tiny --quick --skip trl             # seconds: only shows that it runs
+
+Both start from the same random weights in --dtype and take `--repetitions` steps after one that warms up, process by
+process: rollout (tokens, text, reward), then update (log-probs, loss, backward, clipping, optimizer). Every completion
+has --new_tokens: no end token is set. With --beta above 0 both score a frozen reference; that is counted as update.
+TRL runs as its defaults say, but without gradient checkpointing and without writing anything. Ours keeps fp32 master
+weights where TRL trains the bf16 weights themselves. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import src  # noqa: F401  before torch: how its threads wait
+
+# isort: split
+import tokenizers
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.rollout import SHAPES
+from src.config import Config, DataConfig, ModelConfig, TrainingConfig
+from src.maxent import Controllers, ControllerSettings
+from src.models import load_model
+from src.optim import build_optimizer
+from src.prepare import Run
+from src.rewards import Rewards
+from src.rl_datasets import Problem
+from src.telemetry import peak_memory
+
+
+def reward(text: str) -> float:
+    """Anything that differs between completions and costs nothing."""
+    return zlib.crc32(text.encode()) % 1000 / 1000
+
+
+class BenchmarkTask:
+    """What the loop asks of a task."""
+
+    def reward(self, text: str, reference) -> dict[str, float]:
+        return {"reward": reward(text), "answer": 0.0}
+
+
+def make_model(folder: Path, options) -> None:
+    """Random weights of the shape, and a tokenizer whose words are numbers, in Hugging Face format."""
+    torch.manual_seed(0)
+    config = SHAPES[options.shape]
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    words = {str(index): index for index in range(config.vocab_size)}
+    words["<end>"] = words.pop(str(config.vocab_size - 1))
+    words["<pad>"] = words.pop("0")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+
+
+def make_prompts(options) -> list[list[int]]:
+    """Ragged prompts of random tokens, others for each step."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [max(1, options.prompt_tokens + (0, -6, 3, 0, -2, 5)[index % 6]) for index in range(options.prompts)]
+    vocabulary = SHAPES[options.shape].vocab_size
+    steps = options.repetitions + 1
+    return [torch.randint(1, vocabulary - 1, (n,), generator=generator).tolist() for _ in range(steps) for n in lengths]
+
+
+def make_run(folder: Path, options, training: dict) -> Run:
+    """What prepare makes of a config, on random prompts."""
+    config = Config(
+        ModelConfig(pretrained_model_path=str(folder), dtype=options.dtype, device=options.device),
+        DataConfig(),
+        TrainingConfig(
+            batch_size=options.prompts * options.samples,
+            num_questions_per_batch=options.prompts,
+            max_gen_len=options.new_tokens,
+            max_prompt_len=options.prompt_tokens + 8,
+            micro_batch_size=options.micro_batch,
+            loss_type="approx_kl" if options.beta else "none",
+            beta=options.beta,
+            learning_rate=1e-6,
+            eval_interval=0,
+            memory_efficient_adamw=options.device != "cpu",
+            **training,
+        ),
+    )
+    device = torch.device(options.device)
+    model = load_model(config, device)
+    anchor = load_model(config, device).requires_grad_(False)
+    problems = [Problem(index, tuple(ids), "", {}) for index, ids in enumerate(make_prompts(options))]
+    task = BenchmarkTask()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    settings = config.training
+    optimizer = build_optimizer(
+        list(model.parameters()),
+        learning_rate=settings.learning_rate,
+        betas=tuple(settings.betas),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        memory_efficient=settings.memory_efficient_adamw,
+        master_bits=settings.master_bits,
+        state_bits=settings.state_bits,
+        offload=settings.offload,
+    )
+    return Run(config, task, Rewards(task, config.data), tokenizer, problems, problems, model, anchor, optimizer,
+               Controllers(settings.tau, settings.beta, ControllerSettings()), 10**6, ())  # fmt: skip
+
+
+def run_ours(folder: Path, options) -> list[dict[str, float]]:
+    """Seconds of rollout and update of each step, by the loop itself."""
+    from src.train_grpo import train_step
+
+    run = make_run(folder, options, {})
+    steps = []
+    for step in range(1, options.repetitions + 2):
+        metrics, groups = train_step(run, step)
+        assert all(len(episode.token_ids) == options.new_tokens for group in groups for episode in group.episodes)
+        assert metrics["train/grad_norm"] > 0
+        steps.append({"rollout": metrics["time/rollout"], "update": metrics["time/update"]})
+        print_step("ours", steps[-1])
+    return steps
+
+
+def print_step(name: str, seconds: dict[str, float]) -> None:
+    print(f"  {name:9} rollout {seconds['rollout']:7.2f} s   update {seconds['update']:7.2f} s", flush=True)
+
+
+def run_trl(folder: Path, options) -> list[dict[str, float]]:
+    """The same of TRL's GRPOTrainer; the reference's log-probs count as update."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = options.prompts * options.samples
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=options.trl_micro_batch,
+        gradient_accumulation_steps=rows // options.trl_micro_batch,
+        num_generations=options.samples,
+        max_completion_length=options.new_tokens,
+        max_steps=options.repetitions + 1,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        beta=options.beta,
+        temperature=1.0,
+        gradient_checkpointing=False,
+        bf16=False,  # would compute fp32 weights in bf16; the weights are --dtype already
+        use_cpu=options.device == "cpu",
+        generation_kwargs={"eos_token_id": None},
+        shuffle_dataset=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        model_init_kwargs={"dtype": options.dtype},
+    )
+    steps: list[dict[str, float]] = []
+    moments: dict[str, float] = {"started": 0.0, "rollout": 0.0, "reference": 0.0}
+
+    class TimedTrainer(GRPOTrainer):
+        """Notes when generation begins and ends, and the time of the reference in between."""
+
+        def _generate_and_score_completions(self, inputs):
+            synchronize(options.device)
+            moments.update(started=time.perf_counter(), reference=0.0)
+            result = super()._generate_and_score_completions(inputs)
+            synchronize(options.device)
+            moments["rollout"] = time.perf_counter() - moments["started"]
+            return result
+
+        def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
+            started = time.perf_counter()
+            result = super()._get_per_token_logps_and_entropies(*arguments, **keywords)
+            synchronize(options.device)
+            if not torch.is_grad_enabled():
+                moments["reference"] += time.perf_counter() - started
+            return result
+
+    class StepClock(transformers.TrainerCallback):
+        """The end of a step."""
+
+        def on_step_end(self, *arguments, **keywords):
+            synchronize(options.device)
+            total = time.perf_counter() - moments["started"]
+            rollout = moments["rollout"] - moments["reference"]
+            steps.append({"rollout": rollout, "update": total - rollout})
+            print_step("trl", steps[-1])
+
+    prompts = [" ".join(map(str, ids)) for ids in make_prompts(options)]
+    trainer = TimedTrainer(
+        model=str(folder),
+        reward_funcs=lambda completions, **columns: [reward(text) for text in completions],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        callbacks=[StepClock()],
+    )
+    trainer.train()
+    return steps
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+CONTESTANTS = {"ours": run_ours, "trl": run_trl}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--prompt_tokens", type=int, default=118, help="about; prompts are ragged")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--micro_batch", type=int, default=8, help="completions a forward and backward pass, ours")
+    parser.add_argument("--trl_micro_batch", type=int, default=8)
+    parser.add_argument("--beta", type=float, default=0.0)
+    parser.add_argument("--repetitions", type=int, default=2, help="steps after the first one, which warms up")
+    parser.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS)
+    parser.add_argument("--quick", action="store_true", help="few tokens, one repetition")
+    options = parser.parse_args()
+    if options.quick:
+        options.repetitions, options.new_tokens, options.prompt_tokens = 1, min(options.new_tokens, 12), 20
+    return options
+
+
+def machine() -> dict:
+    """What a figure depends on beside the options."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    options = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    if "trl" not in options.skip and importlib.util.find_spec("trl") is None:
+        raise SystemExit("TRL is not installed: run with `uv run --group benchmarks ...`, or with --skip trl")
+    result: dict = {"options": vars(options), **machine(), "seconds": {}, "peak_gib": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), options)
+        for name, contestant in CONTESTANTS.items():
+            if name in options.skip:
+                continue
+            if options.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+            result["seconds"][name] = contestant(Path(folder), options)
+            result["peak_gib"][name] = peak_memory(torch.device(options.device)) / 2**30
+    medians = {
+        name: {phase: statistics.median(step[phase] for step in steps[1:]) for phase in ("rollout", "update")}
+        for name, steps in result["seconds"].items()
+    }
+    for phases in medians.values():
+        phases["step"] = phases["rollout"] + phases["update"]
+    result["median"] = medians
+    if len(medians) == 2:
+        result["trl_over_ours"] = {phase: medians["trl"][phase] / medians["ours"][phase] for phase in medians["ours"]}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

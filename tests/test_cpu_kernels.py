@@ -1,0 +1,145 @@
+"""What only a CPU in bf16 runs: attention by matrix products, and weights in the order of the processor."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_packing import make_pair
+from test_sampler import TOKENIZER, make_prompts, settings, tokens_of
+from torch.nn.functional import scaled_dot_product_attention
+
+import src.cpu_weights
+from src import cpu_attention
+from src.config import LoraConfig
+from src.cpu_weights import gathered, in_order_of_the_processor
+from src.packing import pack
+from src.sampler import rollout
+from src.scoring import score
+
+
+def make_attention(segments=5, heads=6, kv_heads=2, width=11, prefix=7, head_dim=16):
+    """Query, key and value in bf16, laid out as the packed row gives them, and the mask of a ragged tile."""
+    generator = torch.Generator().manual_seed(2)
+
+    def states(count: int, length: int):
+        flat = torch.randn(segments, length, count, head_dim, generator=generator)
+        return flat.bfloat16().transpose(1, 2).requires_grad_()  # [S, heads, length, D], not contiguous
+
+    visible = torch.ones(segments, 1, width, prefix + width, dtype=torch.bool).tril(prefix)
+    for segment in range(segments):
+        visible[segment, :, :, segment:prefix] = False  # prompts of other lengths
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    return states(heads, width), states(kv_heads, prefix + width), states(kv_heads, prefix + width), mask
+
+
+@pytest.mark.parametrize("largest", [2**25, 6 * 11 * 18 * 2])
+def test_attention_and_its_gradients_are_as_near_to_float64_as_torchs_own(largest):
+    query, key, value, mask = make_attention()
+    of_output = torch.randn(query.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def outcome(function, *inputs):
+        output = function(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, of_output.to(output.dtype))]
+
+    def reference(query, key, value):
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask.to(query.dtype), scale=0.3, enable_gqa=True
+        )
+
+    exact = outcome(reference, *(x.detach().double().requires_grad_() for x in (query, key, value)))
+    theirs = outcome(reference, query, key, value)
+    with patch.object(cpu_attention, "LARGEST", largest):  # the second cuts the segments into calls of two
+        ours = outcome(lambda *inputs: cpu_attention.attend(*inputs, mask, 0.3), query, key, value)
+    for a, b, expected in zip(ours, theirs, exact, strict=True):
+        error, their_error = ((x.double() - expected).norm() / expected.norm() for x in (a, b))
+        assert error < 0.004 and error < 1.5 * their_error
+
+
+def test_products_of_bf16_numbers_are_not_rounded_and_the_setting_is_put_back():
+    left, right = torch.randn(2, 9, 64).bfloat16(), torch.randn(2, 64, 33).bfloat16()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    product = cpu_attention.product(left, right)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    expected = left.double() @ right.double()
+    assert product.dtype == torch.float32 and float((product - expected).abs().max()) < 1e-4
+    assert float((left @ right - expected).abs().max()) > 1e-2  # what rounding would do
+
+
+def test_long_segments_and_other_precisions_are_left_to_torch():
+    query, key, _, _ = make_attention()
+    assert cpu_attention.applies(query, key)
+    assert not cpu_attention.applies(query.float(), key.float())
+    with patch.object(cpu_attention, "LARGEST", 6 * 11 * 18 - 1):
+        assert not cpu_attention.applies(query, key)
+
+
+@pytest.fixture(params=["llama", "qwen2", "granite"])
+def bf16_model(request):
+    return make_pair(request.param)[0].to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("reordered", [True, False])
+def test_what_is_sampled_has_the_trainers_logprobs(bf16_model, reordered):
+    with patch.object(src.cpu_weights, "applies", lambda *_: reordered):
+        groups = rollout(bf16_model, TOKENIZER, make_prompts(), 8, replace(settings(5), temperature=0.9))
+    assert not any("forward" in vars(module) for module in bf16_model.modules())  # taken away after the rollout
+    batch = pack(groups, "cpu", torch.bfloat16)
+    with torch.no_grad():
+        mismatch = (batch.sampled_logprobs - score(bf16_model, batch, 0.9).logprobs).abs()
+    assert float(mismatch.mean()) < 0.03 and float(mismatch.max()) < 0.5
+
+
+def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_model):
+    layers = [module for module in bf16_model.modules() if isinstance(module, torch.nn.Linear)]
+    assert {id(layer) for group in gathered(bf16_model) for layer in group} == {id(layer) for layer in layers}
+    calls = []
+    original = torch.ops.mkldnn._linear_pointwise
+    hidden = torch.randn(3, 1, 32).bfloat16()
+    attention = bf16_model.get_decoder().layers[0].self_attn
+    siblings = [attention.q_proj, attention.k_proj, attention.v_proj]
+    with torch.inference_mode(), in_order_of_the_processor(bf16_model, 4, 1e12):
+        assert all("forward" in vars(layer) for layer in layers)
+        with patch.object(torch.ops.mkldnn, "_linear_pointwise", lambda *a: (calls.append(1), original(*a))[1]):
+            together = [layer(hidden) for layer in siblings]
+            other = attention.k_proj(hidden + 1)  # another tensor: not the part of the first
+    with torch.no_grad():
+        assert len(calls) == 2
+        for layer, part in zip(siblings, together, strict=True):
+            torch.testing.assert_close(part, layer(hidden), atol=0.01, rtol=0.01)
+        torch.testing.assert_close(other, attention.k_proj(hidden + 1), atol=0.01, rtol=0.01)
+
+
+def test_weights_are_reordered_anew_for_each_rollout(bf16_model):
+    rollout(bf16_model, TOKENIZER, make_prompts(), 4, settings())
+    with torch.no_grad():
+        for parameter in bf16_model.parameters():
+            parameter.mul_(-0.7)
+    groups = rollout(bf16_model, TOKENIZER, make_prompts(), 4, settings())
+    batch = pack(groups, "cpu", torch.bfloat16)
+    with torch.no_grad():
+        mismatch = (batch.sampled_logprobs - score(bf16_model, batch, 1.0).logprobs).abs()
+    assert float(mismatch.mean()) < 0.03
+
+
+def test_an_error_inside_takes_the_copies_away(bf16_model):
+    with pytest.raises(ZeroDivisionError), in_order_of_the_processor(bf16_model, 4, 1e12):
+        1 / 0  # noqa: B018
+    assert not any("forward" in vars(module) for module in bf16_model.modules())
+
+
+def test_reordering_is_left_out_in_fp32_and_where_memory_is_short(bf16_model):
+    assert src.cpu_weights.applies(bf16_model, 1e12)
+    assert not src.cpu_weights.applies(bf16_model, 3 * sum(p.nbytes for p in bf16_model.parameters()))
+    assert not src.cpu_weights.applies(bf16_model.float(), 1e12)
+
+
+def test_an_adapters_base_layers_are_reordered_one_by_one():
+    from src.lora import add_adapter  # here, because it imports peft
+
+    model = add_adapter(make_pair("llama")[0].to(torch.bfloat16), LoraConfig(r=2), 0)
+    groups = gathered(model)
+    assert all(len(group) == 1 for group in groups) and len(groups) > 14
+    with torch.inference_mode(), in_order_of_the_processor(model, 4, 1e12):
+        assert sum("forward" in vars(module) for module in model.modules()) == len(groups)
+    assert len(tokens_of(rollout(model, TOKENIZER, make_prompts(), 2, settings()))) == 12
