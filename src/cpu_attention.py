@@ -5,6 +5,8 @@ this one keeps scores, softmax and its gradient in fp32, and keeps nothing for t
 and output: the weights are computed again. Only one call's weights exist at a time, at most LARGEST elements.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -20,12 +22,13 @@ def applies(query: Tensor, key: Tensor) -> bool:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32, without rounding, of bf16 numbers: an fp32 product that may take its inputs as bf16."""
-    setting = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
     try:
         return left.float() @ right.float()
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = setting
+        settings.fp32_precision = before
 
 
 def weights_of(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:

@@ -18,9 +18,9 @@ class Product:
     """One product for layers that read the same input: the first call computes it, the others take their part."""
 
     def __init__(self, layers: list[nn.Linear], rows: int):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight for layer in layers]), rows)
-        biases = [layer.bias for layer in layers]
-        self.bias = None if biases[0] is None else torch.cat(biases)
+        weights = torch.cat(tuple(layer.weight for layer in layers))  # [all outputs, inputs]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
+        self.bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers))
         self.sizes = [layer.out_features for layer in layers]
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
@@ -42,10 +42,11 @@ class Product:
 
 def gathered(model) -> list[list[nn.Linear]]:
     """The linear layers, siblings together."""
-    groups, seen = [], set()
+    groups: list[list[nn.Linear]] = []
+    seen: set[nn.Module] = set()
     for module in model.modules():
         for names in SIBLINGS:
-            layers = [getattr(module, name, None) for name in names]
+            layers: list = [getattr(module, name, None) for name in names]
             alike = {(type(layer), getattr(layer, "bias", None) is None) for layer in layers}
             if alike in ({(nn.Linear, True)}, {(nn.Linear, False)}):
                 groups.append(layers)

@@ -72,10 +72,11 @@ class TokenStatistics(torch.autograd.Function):
         if anchor_logits is not None:
             anchor_logprobs = anchor_logits.log_softmax(-1)  # [tokens, vocab]
             anchor_chosen = anchor_logprobs.gather(-1, target)[:, 0]
-        if kl_direction == "reverse":
-            kl = (logprobs.exp() * (logprobs - anchor_logprobs)).sum(-1)
-        elif kl_direction == "forward":
-            kl = (anchor_logprobs.exp() * (anchor_logprobs - logprobs)).sum(-1)
+            ctx.mark_non_differentiable(anchor_chosen)
+            if kl_direction == "reverse":
+                kl = (logprobs.exp() * (logprobs - anchor_logprobs)).sum(-1)
+            elif kl_direction == "forward":
+                kl = (anchor_logprobs.exp() * (anchor_logprobs - logprobs)).sum(-1)
         ctx.kl_direction = kl_direction
         ctx.save_for_backward(logprobs, target, entropy, None if kl is None else anchor_logprobs, kl)
         return logprobs.gather(-1, target)[:, 0], entropy, anchor_chosen, kl
