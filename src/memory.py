@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ import torch
 
 from src.config import ConfigError
 from src.distributed import AloneError, world
-from src.packing import Group, split_into_microbatches
+from src.offline import given_groups
+from src.packing import Episode, Group, split_into_microbatches
 from src.penalties import PENALTIES
+from src.rl_datasets import Problem
 from src.sampler import cache_shape
 from src.scoring import CHUNK_ELEMENTS
 from src.sharding import is_sharded
+from src.telemetry import peak_memory
 
 logger = logging.getLogger("grpo")
 
@@ -67,6 +71,47 @@ def peak_of(plan: dict[str, int]) -> int:
     return held + max(plan["rollout"], plan["gradients"] + plan["update"])
 
 
+def longest_microbatch(run) -> list[Group]:
+    """The largest pass that the config allows: prompts and completions as long as they may be, or those of the file."""
+    training = run.config.training
+    questions = training.num_questions_per_batch
+    if getattr(run.task, "offline", False):
+        groups = given_groups(run.train_problems, run.tokenizer, run.eos_ids, training)
+        groups = sorted(groups, key=Group.tokens, reverse=True)[:questions]
+    else:
+        length = training.max_gen_len
+        episode = Episode((0,) * length, (0.0,) * length, True, "")
+        problem = Problem(0, (0,) * training.max_prompt_len, "", {})
+        groups = [Group(problem, (episode,) * (training.batch_size // questions))] * questions
+    whole = PENALTIES[training.loss_type].is_objective
+    size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
+    batches = split_into_microbatches(groups, size, budget, whole)
+    return max(batches, key=lambda batch: sum(group.tokens() for group in batch))
+
+
+def preflight(run, backward: Callable[[list[Group]], list]) -> None:
+    """Run the largest micro-batch before step 0: what does not fit is cut smaller now, not late in the run."""
+    device = run.model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batch = longest_microbatch(run)
+    logger.info(f"trying the longest micro-batch: {sum(group.tokens() for group in batch):,} tokens")
+    started = time.perf_counter()
+    backward(batch * world())  # one for each process
+    run.model.zero_grad(set_to_none=True)
+    peak = peak_memory(device)
+    states = 0 if run.optimizer.state else memory_plan(run)["optimizer"]  # they come with the first step
+    logger.info(
+        f"it took {time.perf_counter() - started:.1f} s; with the optimizer's states a step needs about "
+        f"{(peak + states) / 2**30:.1f} GiB at its peak"
+    )
+    if device.type == "cuda" and peak + states > torch.cuda.get_device_properties(device).total_memory:
+        logger.warning(
+            "that is more than the device has; set training.memory_efficient_adamw: true with training.offload: true, "
+            "or lower training.max_tokens_per_microbatch"
+        )
+
+
 def in_parts_that_fit(run, groups: list[Group], compute: Callable[[], list]) -> list:
     """compute() over the micro-batches of these groups; again in smaller ones when memory runs out."""
     while True:
@@ -93,17 +138,15 @@ def shrink_microbatches(run, groups: list[Group], reason: str) -> None:
         )
     whole = PENALTIES[training.loss_type].is_objective
     size, budget = training.micro_batch_size, training.max_tokens_per_microbatch
-    batches = list(split_into_microbatches(groups, size, budget, whole))
+    batches = split_into_microbatches(groups, size, budget, whole)
     if all(len(batch) == 1 and (whole or len(batch[0].episodes) == 1) for batch in batches):
         raise ConfigError(
             f"memory does not suffice for the update of a single {'group' if whole else 'completion'} ({reason}); "
             f"lower training.max_gen_len, or set model.gradient_checkpointing: true"
         )
     if budget:
-        tokens = [
-            sum(len(g.problem.prompt_ids) + sum(len(e.token_ids) for e in g.episodes) for g in b) for b in batches
-        ]
-        smaller = {"max_tokens_per_microbatch": max(1, max(tokens) // 2)}
+        tokens = max(sum(group.tokens() for group in batch) for batch in batches)
+        smaller = {"max_tokens_per_microbatch": max(1, tokens // 2)}
     else:
         smaller = {"micro_batch_size": max(1, max(sum(len(g.episodes) for g in batch) for batch in batches) // 2)}
     run.config.training = replace(training, **smaller)

@@ -55,6 +55,10 @@ class Group:
     problem: Problem
     episodes: tuple[Episode, ...]
 
+    def tokens(self) -> int:
+        """Tokens of a packed row: the prompt's once, and those of all completions."""
+        return len(self.problem.prompt_ids) + sum(len(episode.token_ids) for episode in self.episodes)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -318,17 +322,38 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
 
 def split_into_microbatches(
     groups: list[Group], micro_batch_size: int, max_tokens: int | None = None, whole_groups: bool = False
-) -> Iterator[list[Group]]:
+) -> list[list[Group]]:
     """Cut groups into passes of at most micro_batch_size completions, or max_tokens tokens when that is given.
+
+    Of the cuts into so few passes it is the one with the smallest passes: two that are half full take as long as a full
+    one and an empty one, and less memory.
+    """
+    low, high = 0, max_tokens or micro_batch_size  # rooms that are too small, and large enough
+
+    def passes(room: int) -> list[list[Group]]:
+        return list(fill_microbatches(groups, room, max_tokens is not None, whole_groups))
+
+    best = passes(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = passes(middle)
+        if len(smaller) <= len(best):
+            best, high = smaller, middle
+        else:
+            low = middle
+    return best
+
+
+def fill_microbatches(groups: list[Group], room: int, count_tokens: bool, whole_groups: bool) -> Iterator[list[Group]]:
+    """Fill one pass after the other with `room` completions or tokens, in order; more only where one does not fit.
 
     A group that is cut repeats its prompt; `whole_groups` forbids the cut (losses over a group need all of it).
     """
-    room = max_tokens or micro_batch_size
     batch: list[Group] = []
     used = 0
     for group in groups:
-        prompt_cost = len(group.problem.prompt_ids) if max_tokens else 0
-        costs = [len(episode.token_ids) if max_tokens else 1 for episode in group.episodes]
+        prompt_cost = len(group.problem.prompt_ids) if count_tokens else 0
+        costs = [len(episode.token_ids) if count_tokens else 1 for episode in group.episodes]
         if batch and whole_groups and used + prompt_cost + sum(costs) > room:
             yield batch
             batch, used = [], 0

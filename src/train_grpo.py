@@ -40,7 +40,7 @@ from src.evaluate import (
 )
 from src.hub import push_final
 from src.maxent import seed_grpo_scale, semantic_entropy
-from src.memory import in_parts_that_fit
+from src.memory import in_parts_that_fit, preflight
 from src.offline import given_groups
 from src.packing import Group, pack, split_into_microbatches
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
@@ -162,7 +162,7 @@ def microbatches(run: Run, groups: list[Group]):
     keep_whole = PENALTIES[training.loss_type].is_objective
     mine = share(groups, [sum(len(episode.token_ids) for episode in group.episodes) for group in groups])
     split = split_into_microbatches(mine, training.micro_batch_size, training.max_tokens_per_microbatch, keep_whole)
-    for pieces, counts in evened(run.model, list(split), groups):
+    for pieces, counts in evened(run.model, split, groups):
         yield replace(pack(pieces, run.model.device, run.model.dtype), counts=counts)
 
 
@@ -219,6 +219,7 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
             weighted = [g for g in weighted if any(e.advantage != 0 for e in g.episodes)]
         if not weighted:
             continue
+        weighted.sort(key=Group.tokens, reverse=True)  # what needs most memory comes first, and like beside like
         with dropout_of_update(run, step, index):
             results = backward(run, weighted, training, updates == 1, use_anchor, stoppable=index == 0)
         for measured, parts in results:
@@ -428,6 +429,9 @@ def run_training(config: Config, dataset_name: str, work_dir: str | Path = ".", 
         try:
             with StopSignal() as stop:
                 run.check_stop = stop.check
+                training = run.config.training
+                once = training.minibatches * training.inner_epochs == 1
+                preflight(run, lambda groups: backward(run, groups, training, once, use_anchor=True, stoppable=True))
                 return train_loop(run, folder, telemetry, state)
         finally:
             telemetry.close()

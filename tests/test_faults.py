@@ -11,6 +11,7 @@ import torch
 from src import train_grpo
 from src.checkpoint import newest_checkpoint
 from src.config import ConfigError, RunError, load_config
+from src.memory import longest_microbatch, preflight
 from src.stop import StopSignal
 from src.train_grpo import prepare, questions_of_step, run_training, sample, update
 
@@ -70,6 +71,55 @@ def test_an_update_that_runs_out_of_memory_is_done_again_in_smaller_parts(memory
         assert gradients[1][1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
+def test_the_longest_microbatch_is_tried_before_the_first_step_and_cut_smaller_if_it_does_not_fit(memory_for, tmp_path):
+    config = config_with("training.max_tokens_per_microbatch=400", "training.max_prompt_len=60", "training.max_steps=1")
+    tried = memory_for(250)
+    run_training(config, "countdown", tmp_path)
+    # 4 completions of 24 tokens after a prompt of 60, twice: the budget is 400, but two passes hold all four groups
+    assert tried[0] == 2 * (60 + 4 * 24) and tried[1] <= tried[0] // 2
+    assert max(tried[1:]) <= 250
+    log = next(tmp_path.glob("runs/*/training.log")).read_text(encoding="utf-8")
+    order = ["trying the longest micro-batch: 312", "done again with", "a step needs about", "evaluating 4 problems"]
+    places = [log.index(part) for part in order]
+    assert places == sorted(places)
+
+
+def test_the_trial_before_the_first_step_leaves_no_trace():
+    run = prepare(config_with("training.entropy_coef=0.1", "training.max_tokens_per_microbatch=320"), "countdown")
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    random = torch.get_rng_state()
+    passes = []
+
+    def backward(groups):
+        passes.append([len(group.episodes) for group in groups])
+        return train_grpo.backward(run, groups, run.config.training, True, use_anchor=True, stoppable=True)
+
+    preflight(run, backward)
+    assert passes == [[4, 4]]
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert torch.equal(random, torch.get_rng_state()) and not run.optimizer.state
+
+
+def test_a_file_of_scores_is_tried_with_its_longest_groups(tmp_path):
+    rows = [
+        {
+            "prompt": f"{n}",
+            "nums": [n, 2],
+            "target": n,
+            "completions": [{"text": "1" * n, "score": 1}, {"text": "2", "score": 0}],
+        }
+        for n in range(1, 17)
+    ]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["data.train_size=12", "training.old_logprobs=trainer"]
+    run = prepare(config_with(f"data.path={tmp_path / 'scored.jsonl'}", *settings), "scored")
+    texts = [problem.reference["completions"][0]["text"] for problem in run.train_problems]
+    batch = longest_microbatch(run)
+    tried = [group.problem.reference["completions"][0]["text"] for group in batch]
+    assert tried == sorted(texts, key=len, reverse=True)[:4]
+
+
 def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_parts(memory_for, tmp_path):
     """--eval_only on a file of scores: a run without an optimizer scores the completions too."""
     completions = [{"text": "7 + 8 - " * count + "1", "score": count} for count in (1, 2, 3)]
@@ -114,7 +164,7 @@ def poison(monkeypatch, steps: set[int]) -> None:
 
     def loss(*arguments):
         value, *rest = real(*arguments)
-        return (value * float("nan") if step_of_update["now"] in steps else value, *rest)
+        return (value * float("nan") if step_of_update.get("now") in steps else value, *rest)
 
     monkeypatch.setattr(train_grpo, "update", remembering)
     monkeypatch.setattr(train_grpo, "loss_of_microbatch", loss)

@@ -24,6 +24,7 @@ from src.packing import (
     Group,
     PackedAttention,
     check_attention,
+    fill_microbatches,
     pack,
     split_into_microbatches,
 )
@@ -189,8 +190,17 @@ def test_microbatches_hold_every_episode_once_in_order_and_keep_to_the_budget(si
         episodes = [e for piece in part for e in piece.episodes]
         tokens = sum(len(piece.problem.prompt_ids) for piece in part) + sum(len(e.token_ids) for e in episodes)
         assert len(episodes) == 1 or (tokens <= max_tokens if max_tokens else len(episodes) <= size)
+    fullest = list(fill_microbatches(groups, max_tokens or size, max_tokens is not None, False))
+    assert len(parts) == len(fullest)
     whole = list(split_into_microbatches(groups, size, max_tokens, whole_groups=True))
     assert [piece for part in whole for piece in part] == groups
+
+
+def test_microbatches_are_of_about_equal_size():
+    groups = make_groups(torch.Generator().manual_seed(4), [(5, [10] * 4), (5, [10] * 4), (5, [10] * 2)])
+    sizes = [sum(group.tokens() for group in part) for part in split_into_microbatches(groups, 8, 100)]
+    assert sizes == [60, 60]  # filled to the brim they would have 90 and 25
+    assert [sum(len(g.episodes) for g in part) for part in split_into_microbatches(groups, 8)] == [5, 5]
 
 
 def test_what_the_attention_cannot_do_is_refused_by_name():
