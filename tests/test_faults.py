@@ -12,6 +12,7 @@ from src import train_grpo
 from src.checkpoint import newest_checkpoint
 from src.config import ConfigError, RunError, load_config
 from src.memory import longest_microbatch, preflight
+from src.offline import given_groups
 from src.stop import StopSignal
 from src.train_grpo import prepare, questions_of_step, run_training, sample, update
 
@@ -114,10 +115,9 @@ def test_a_file_of_scores_is_tried_with_its_longest_groups(tmp_path):
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["data.train_size=12", "training.old_logprobs=trainer"]
     run = prepare(config_with(f"data.path={tmp_path / 'scored.jsonl'}", *settings), "scored")
-    texts = [problem.reference["completions"][0]["text"] for problem in run.train_problems]
-    batch = longest_microbatch(run)
-    tried = [group.problem.reference["completions"][0]["text"] for group in batch]
-    assert tried == sorted(texts, key=len, reverse=True)[:4]
+    everything = given_groups(run.train_problems, run.tokenizer, run.eos_ids, run.config.training)
+    sizes = sorted((group.tokens() for group in everything), reverse=True)
+    assert [group.tokens() for group in longest_microbatch(run)] == sizes[:4] and sizes[0] > sizes[-1]
 
 
 def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_parts(memory_for, tmp_path):
