@@ -217,8 +217,8 @@ def synchronize(device: str) -> None:
 CONTESTANTS = {"ours": run_ours, "trl": run_trl}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -251,7 +251,7 @@ def machine() -> dict:
 
 
 def main() -> None:
-    options = parse_arguments()
+    options = parse_arguments(__doc__.splitlines()[0])
     transformers.logging.set_verbosity_error()
     if "trl" not in options.skip and importlib.util.find_spec("trl") is None:
         raise SystemExit("TRL is not installed: run with `uv run --group benchmarks ...`, or with --skip trl")

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks.update import scoring_memory
+from src import scoring
 from src.config import ConfigError
 from src.packing import (
     ATTENTION_NAME,
@@ -154,6 +157,16 @@ def test_the_written_out_gradients_of_the_head_are_those_of_autograd(direction):
     chosen, entropy = TokenStatistics.apply(logits, ids, given, direction)[:2]
     alone = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (chosen, entropy)]
     torch.testing.assert_close(torch.autograd.grad((chosen + entropy).sum(), logits)[0], sum(alone))
+
+
+def test_the_memory_of_scoring_does_not_grow_with_the_vocabulary():
+    with patch.dict(scoring.CHUNK_ELEMENTS, cpu=2**18):
+        small, large = (scoring_memory(vocabulary, 512) for vocabulary in (2048, 32768))
+    assert large["logits_in_fp32"] == 16 * small["logits_in_fp32"] == 2**26
+    own = [each["peak"] - each["of_it_gradients"] for each in (small, large)]
+    assert own[0] > 2**20  # it does see a chunk's logits
+    one_more = large["of_it_gradients"]  # a chunk's gradient of the head, before it is added to the others'
+    assert own[1] - one_more < 1.3 * own[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
