@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from src import console
-from src.config import load_config
+from src.config import ConfigError, load_config
 from src.console import (
     RESULT,
     Console,
@@ -136,6 +136,18 @@ def test_the_start_says_what_will_run(tmp_path, capsys):
     assert tokens[1].endswith("4 '<|assistant|>'") and len(re.findall(r"\d+ '", tokens[1])) == int(tokens[0])
     assert "".join(re.findall(r"\d+ '([^']*)'", tokens[1])) == prompt
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_check_says_what_would_be_refused_in_an_old_run_folder_but_refuses_nothing(tmp_path, capsys):
+    run_training(load_config(CONFIG, SMALL), "countdown", tmp_path)
+    other = load_config(CONFIG, [*SMALL, "training.temperature=0.5"])
+    with pytest.raises(ConfigError, match=r"training.temperature = 1.0, this config says 0.5"):
+        run_training(other, "countdown", tmp_path)
+    capsys.readouterr()
+    run_check(other, "countdown", tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "was made with training.temperature = 1.0, this config says 0.5; use --fresh" in out
+    assert "everything is in order" in out
 
 
 def test_the_start_says_how_many_prompts_were_too_long(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import ast
 import copy
 import itertools
+import logging
 import random
 import re
 import string
@@ -584,6 +585,17 @@ def test_a_template_that_knows_no_system_message_is_one_sentence(tokenizer):
         make_problems(task, rows, tokenizer, 1000)
     task.data.system_prompt = ""
     assert make_problems(task, rows, tokenizer, 1000)
+
+
+def test_a_tokenizer_that_does_not_know_the_prompts_is_a_warning(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("grpo"), "propagate", True)  # another test may have configured it
+    task = Countdown(DataConfig(response_prefix=""))
+    make_problems(task, ROWS, tokenizer, 10_000)
+    assert not caplog.records
+    task.data.prompt_format, task.data.system_prompt = "raw", "Ein völlig fremder Satz in Worten"
+    make_problems(task, ROWS, tokenizer, 10_000)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert re.search(r"does not know \d\d% of the prompts' tokens; take another model", message)
 
 
 def test_prompts_without_a_chat_template(tokenizer):
