@@ -594,7 +594,7 @@ def test_a_tokenizer_that_does_not_know_the_prompts_is_a_warning(tokenizer, capl
     assert not caplog.records
     task.data.prompt_format, task.data.system_prompt = "raw", "Ein völlig fremder Satz in Worten"
     make_problems(task, ROWS, tokenizer, 10_000)
-    (message,) = (record.getMessage() for record in caplog.records)
+    message = caplog.records[-1].getMessage()
     assert re.search(r"does not know \d\d% of the prompts' tokens; take another model", message)
 
 
