@@ -42,6 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     instead.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
     instead.add_argument("--eval_only", action="store_true", help="evaluate the model and write a report; no training")
     instead.add_argument("--check", action="store_true", help="load config, data and model, say what will fit, stop")
+    instead.add_argument("--profile", action="store_true", help="take a few steps, say where their time goes, stop")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument(
         "--log_every", type=positive, metavar="N", help="a line every N steps (default: each; on a terminal a bar)"
@@ -56,12 +57,15 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         get_task(arguments.dataset_name, config.data)
         from src.distributed import session
+        from src.profiling import run_profile
         from src.train_grpo import run_check, run_evaluation, run_training  # torch and transformers: seconds to import
 
         configure_console(arguments.log_every, arguments.quiet)
         with session():
             if arguments.check:
                 run_check(config, arguments.dataset_name)
+            elif arguments.profile:
+                run_profile(config, arguments.dataset_name)
             elif arguments.eval_only:
                 run_evaluation(config, arguments.dataset_name)
             else:

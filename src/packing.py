@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from src import cpu_attention
 from src.config import ConfigError
+from src.profiling import phase
 from src.rl_datasets import Problem
 
 varlen_attn: Any  # None where torch has none
@@ -270,6 +271,7 @@ def check_attention(model, longest: int) -> None:
 AttentionInterface.register(ATTENTION_NAME, grpo_packed_attention)
 
 
+@phase("packing")
 def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) -> PackedBatch:
     """Lay groups (or parts of groups) end to end in one row."""
     ids: list[int] = []

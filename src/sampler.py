@@ -21,6 +21,7 @@ from torch import Tensor
 from src.config import ConfigError
 from src.cpu_weights import in_order_of_the_processor
 from src.packing import Episode, Group, PackedAttention
+from src.profiling import phase
 from src.rl_datasets import Problem
 from src.scoring import head_logits
 from src.token_choice import SamplingSettings, choose_tokens, episode_key
@@ -195,6 +196,7 @@ def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: Sa
     return slots, prompts
 
 
+@phase("prefill")
 def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, Tensor, np.ndarray]]:
     """Last hidden state of every prompt [prompts, hidden], and the prompts' keys, values and lengths."""
     layers, heads, head_dim = cache_shape(model)
@@ -247,6 +249,7 @@ class SlotDecoder:
         self.ended = torch.ones(slots, dtype=torch.bool, device=device)  # [n] nothing left to decode
         self.failed = torch.zeros(slots, dtype=torch.bool, device=device)  # [n] because its logits were not finite
 
+    @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
         """Sample the next token of these slots from hidden [s, hidden] and write it down."""
         logits = head_logits(self.model, hidden)  # [s, V] fp32
@@ -320,6 +323,7 @@ class SlotDecoder:
             attention.arrange((self.episodes // self.samples).cpu().numpy())
         return True
 
+    @phase("decode")
     def step(self) -> None:
         """One token for every live slot."""
         attention = self.attention

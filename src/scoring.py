@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from src.packing import PackedBatch
+from src.profiling import phase
 from src.sharding import within
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # tokens x vocabulary of the largest logits tensor
@@ -99,6 +100,7 @@ class TokenStatistics(torch.autograd.Function):
         return gradient, None, None, None
 
 
+@phase("head")
 def score_chunk(model, hidden, target_ids, temperature, anchor, anchor_hidden, kl_direction):
     """Log-prob, entropy, anchor log-prob and KL of one chunk of tokens, each [tokens]."""
     logits, anchor_logits = head_logits(model, hidden), None  # [tokens, vocab]
@@ -120,10 +122,11 @@ def score(
     chunk_tokens: int | None = None,
 ) -> Scores:
     """Score a packed batch; with an `anchor` model its log-probs too, and the exact KL in `kl_direction` if given."""
-    hidden = hidden_states(model, batch)  # [N, hidden]
+    with phase("policy forward"):
+        hidden = hidden_states(model, batch)  # [N, hidden]
     anchor_hidden = None
     if anchor is not None:
-        with torch.no_grad():
+        with phase("reference"), torch.no_grad():
             anchor_hidden = hidden_states(anchor, batch)  # [N, hidden]
     if chunk_tokens is None:
         vocabulary = model.config.get_text_config().vocab_size

@@ -45,6 +45,7 @@ from src.offline import given_groups
 from src.packing import Group, pack, split_into_microbatches
 from src.penalties import PENALTIES, PenaltyInputs, kl_estimates, policy_loss
 from src.prepare import Run, describe, is_lora, prepare
+from src.profiling import phase
 from src.rl_datasets import Problem
 from src.sampler import SamplingSettings, rollout
 from src.scoring import score
@@ -97,7 +98,8 @@ def sample(
 
     def mine() -> list[Group]:
         groups = rollout(run.model, run.tokenizer, share(problems), samples, settings, check_stop)
-        return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
+        with phase("reward"):
+            return run.rewards.grade(groups, training.zero_truncated_rewards)[0]
 
     with whole(run.model, run.anchor):
         return together(mine)
@@ -166,6 +168,7 @@ def microbatches(run: Run, groups: list[Group]):
         yield replace(pack(pieces, run.model.device, run.model.dtype), counts=counts)
 
 
+@phase("loss")
 def loss_of_microbatch(run: Run, batch, training: TrainingConfig, on_policy: bool, use_anchor: bool):
     """Policy loss + beta x penalty - entropy bonus of one packed batch; and what to log, averaged over its elements."""
     penalty = PENALTIES[training.loss_type]
@@ -230,20 +233,27 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
             for name, value in parts.items():
                 sums[name] += float(value) / updates
         sum_gradients(run.model)
-        norm = float(full(torch.nn.utils.clip_grad_norm_(run.model.parameters(), training.max_grad_norm)))
+        norm = clip_and_step(run, step)
         norms += norm / updates
-        if math.isfinite(norm):
-            run.mid_update = True  # until its end the weights are of no step
-            run.optimizer.step()
-        else:
-            skipped += 1
-            logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
-        run.optimizer.zero_grad(set_to_none=True)
+        skipped += not math.isfinite(norm)
     metrics = means.result() | total(sums)
     metrics |= {"train/grad_norm": norms, "train/learning_rate": rate, "train/skipped_updates": skipped}
     metrics |= steer(run, metrics, step)
     run.mid_update = False
     return metrics
+
+
+@phase("optimizer")
+def clip_and_step(run: Run, step: int) -> float:
+    """One optimizer step, skipped where the gradient is not finite; returns the gradient's norm before clipping."""
+    norm = float(full(torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)))
+    if math.isfinite(norm):
+        run.mid_update = True  # until the end of the update the weights are of no step
+        run.optimizer.step()
+    else:
+        logger.warning(f"step {step}: the gradient is not finite; this update is skipped")
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def dropout_of_update(run: Run, step: int, index: int):
@@ -270,7 +280,8 @@ def backward(
             if stoppable and world() == 1:
                 run.check_stop()
             loss, *measured_and_parts = loss_of_microbatch(run, batch, training, on_policy, use_anchor)
-            loss.backward()
+            with phase("backward"):
+                loss.backward()
             if batch.counts:
                 results.append([{name: value.detach() for name, value in d.items()} for d in measured_and_parts])
         return results

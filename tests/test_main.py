@@ -70,6 +70,7 @@ def test_help_names_every_option():
         "--set",
         "--fresh",
         "--eval_only",
+        "--profile",
         "--log_every",
         "--quiet",
         "countdown",
@@ -125,6 +126,10 @@ BAD = {
     "lines and none": (
         ("--config", "good.yaml", "--dataset_name", "countdown", "--log_every", "2", "--quiet"),
         "--quiet: not allowed with argument --log_every",
+    ),
+    "profile and check": (
+        ("--config", "good.yaml", "--dataset_name", "countdown", "--profile", "--check"),
+        "--check: not allowed with argument --profile",
     ),
     "missing config": (
         ("--config", "nope.yaml", "--dataset_name", "countdown"),

@@ -233,6 +233,18 @@ def test_the_first_command_and_its_switches(run, tmp_path, capsys):
     assert (folder.parent / f"{folder.name}.1" / "final").is_dir() and len(list(folder.glob("final"))) == 1
 
 
+@executes(f"{FIRST.rpartition('&& ')[2]} --profile",
+          "phase               seconds   share   tokens/s   TFLOP/s     %     GB/s     %")  # fmt: skip
+def test_the_profile_of_a_step(run, tmp_path, capsys):
+    command = next(line for line in README.splitlines() if line.endswith("--profile"))
+    assert run(f"{command} --quiet", *SHORT) == 0
+    shown, printed = capsys.readouterr().out.splitlines(), block_that_begins("phase   ").splitlines()
+    assert [line[:18] for line in shown[:14]] == [line[:18] for line in printed[:14]], "the same phases"
+    captions = [[re.sub(r"[\d.,]+", "#", line) for line in lines[14:]] for lines in (shown, printed)]
+    assert captions[0] == captions[1]
+    assert not (tmp_path / "runs").exists()
+
+
 @executes("python main.py --config configs/configs_tiny/config_kl_beta0.04_tiny.yaml --dataset_name countdown")
 def test_the_command_without_uv_is_the_same():
     without = next(line for line in README.splitlines() if line.startswith("python main.py"))
