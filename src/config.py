@@ -50,6 +50,7 @@ class ModelConfig:
     dtype: str = key("bfloat16", "Precision of the weights.", choices=("float32", "bfloat16"))
     trust_remote_code: bool = key(False, "Allow a model repository to run its own Python code.")
     gradient_checkpointing: bool = key(False, "Compute each layer again in the backward pass: less memory, more time.")
+    compile: bool = key(False, "Run the layers through torch.compile in the update; sampling does without.")
 
 
 @dataclass
@@ -348,6 +349,9 @@ class TrainingConfig:
     master_bits: int = key(24, "memory_efficient_adamw: precision of the master weights.", choices=(24, 32))
     state_bits: int = key(8, "memory_efficient_adamw: bits of each of Adam's two moments.", choices=(8, 16, 32))
     offload: bool = key(False, "memory_efficient_adamw: keep the optimizer's states in host memory.")
+    reference_offload: bool = key(
+        False, "Keep the reference in host memory; its layers come to the device one by one while they compute."
+    )
     parallel: str = key(
         "shard",
         "Several processes: shard weights and states over them (FSDP2), or replicate; LoRA is replicated.",

@@ -10,6 +10,7 @@ import torch
 
 from src.config import ConfigError
 from src.distributed import AloneError, world
+from src.models import decoder_layers
 from src.offline import given_groups
 from src.packing import Episode, Group, split_into_microbatches
 from src.penalties import PENALTIES
@@ -57,12 +58,22 @@ def memory_plan(run) -> dict[str, int]:
     cache = slots * completion * per_token + 2 * math.ceil(slots / group) * prompt * per_token + 8 * slots * vocabulary
     return {
         "weights": weights // ranks,
-        "reference": 0 if run.config.lora.r or run.config.lora.path or run.anchor is None else weights // ranks,
+        "reference": reference_bytes(run, weights) // ranks,
         "gradients": sum(parameter.nbytes for parameter in trained) // ranks,
         "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes / ranks),
         "rollout": int(cache) + (weights if ranks > 1 else 0),
         "update": int(activations + logits),
     }
+
+
+def reference_bytes(run, weights: int) -> int:
+    """Of the reference on the device: nothing with LoRA; in host memory, two layers and what is not a layer."""
+    if run.config.lora.r or run.config.lora.path or run.anchor is None:
+        return 0
+    if not run.config.training.reference_offload:
+        return weights
+    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in decoder_layers(run.model)]
+    return weights - sum(layers) + 2 * max(layers)
 
 
 def peak_of(plan: dict[str, int]) -> int:

@@ -2,14 +2,16 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from src.config import Config, ConfigError
-from src.packing import ATTENTION_NAME
+from src.packing import ATTENTION_NAME, grpo_packed_attention
 
 logger = logging.getLogger("grpo")
 # what some repositories hold beside the safetensors: the same weights again, larger
@@ -125,6 +127,49 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.to(device).train()
     return model.to(device).eval()
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The layers of a model, in order."""
+    return next(part for part in model.get_decoder().children() if isinstance(part, torch.nn.ModuleList))
+
+
+def check_compiler(device: torch.device) -> None:
+    """ConfigError unless torch.compile works on this machine."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of a C++ compiler, of triton, of Python's headers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.compile: torch.compile does not work on this machine ({reason}); install a C++ compiler, and for "
+            f"CUDA triton and Python's headers, or set model.compile: false"
+        ) from error
+
+
+def compile_layers(model) -> None:
+    """Compile the layers for scores and gradients. The sampler, in inference mode, runs them as they are.
+
+    What is compiled lies within what is checkpointed: computed again, a layer must keep the tensors it kept before.
+    """
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(grpo_packed_attention))  # its shapes are data
+    layer: Any
+    for layer in decoder_layers(model):
+        layer.forward = switched(layer.forward, getattr(layer, "gradient_checkpointing", False))
+        layer.gradient_checkpointing = False
+
+
+def switched(plain, checkpointing: bool):
+    """A layer's forward: plain in a rollout, else compiled."""
+    fused = torch.compile(plain, dynamic=True)
+
+    def forward(*arguments, **keywords):
+        if torch.is_inference_mode_enabled():
+            return plain(*arguments, **keywords)
+        if checkpointing and torch.is_grad_enabled():
+            return checkpoint(fused, *arguments, use_reentrant=False, **keywords)
+        return fused(*arguments, **keywords)
+
+    return forward
 
 
 def end_token_ids(model, tokenizer) -> tuple[int, ...]:

@@ -16,11 +16,20 @@ from src.distributed import from_main, world
 from src.hub import check_hub, check_hub_keys
 from src.maxent import Controllers, ControllerSettings
 from src.memory import memory_plan, peak_of
-from src.models import end_token_ids, load_model, load_tokenizer, resolve_device, resolve_model_path
+from src.models import (
+    check_compiler,
+    compile_layers,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_model_path,
+)
 from src.offline import given_groups
 from src.optim import build_optimizer
 from src.packing import Episode, Group, check_attention
 from src.penalties import PENALTIES
+from src.reference import StreamedReference
 from src.rewards import Rewards
 from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
 from src.sampler import free_memory
@@ -109,6 +118,34 @@ def check_task(config: Config, task) -> None:
         raise ConfigError(f"{config.source}: data.reward_functions does nothing where the file has the scores; remove")
 
 
+def check_reference_offload(config: Config) -> None:
+    """The reference can stay in host memory only where it is a whole model of its own."""
+    if not config.training.reference_offload:
+        return
+    if is_lora(config):
+        raise ConfigError(
+            f"{config.source}: training.reference_offload does nothing with lora, whose reference is the base under "
+            f"the adapter and takes no memory; remove the key"
+        )
+    if world() > 1 and config.training.parallel == "shard":
+        raise ConfigError(
+            f"{config.source}: training.reference_offload is not possible with several processes and "
+            f"training.parallel: shard, where each holds a slice of the reference; remove the key, or set "
+            f"training.parallel: replicate"
+        )
+
+
+def load_anchor(config: Config, device: torch.device):
+    """The initial policy once more, frozen: on the device, cut into slices like the policy, or in host memory."""
+    training = config.training
+    anchor = load_model(config, torch.device("cpu") if training.reference_offload else device).requires_grad_(False)
+    if config.model.compile:  # as the policy is, so that the same weights give the same log-probs
+        compile_layers(anchor)
+    if training.reference_offload:
+        return StreamedReference(anchor, device)
+    return shard(anchor, device) if world() > 1 and training.parallel == "shard" else anchor
+
+
 def check_enough(config: Config, train_problems: list[Problem] | None) -> None:
     """A step must not hold a problem twice."""
     questions = config.training.num_questions_per_batch
@@ -145,6 +182,9 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
         raise ConfigError(
             f"{config.source}: model.device: {device} would be that of every process; with several set it to cuda"
         )
+    check_reference_offload(config)
+    if config.model.compile and for_training:
+        check_compiler(device)
     check_hub_keys(config.hub, config.source)
     if for_training:
         check_hub(config.hub)
@@ -173,12 +213,13 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
         eval_problems = with_two_completions(config, eval_problems, tokenizer, eos_ids, split)
         check_enough(config, train_problems if for_training else None)
     check_attention(model, training.max_prompt_len + training.max_gen_len)
-    sharded = world() > 1 and training.parallel == "shard" and not is_lora(config)
-    model = shard(model, device) if sharded else model
+    if config.model.compile and for_training:
+        compile_layers(model)
+    if world() > 1 and training.parallel == "shard" and not is_lora(config):
+        model = shard(model, device)
     anchor = optimizer = None
     if for_training:
-        anchor = FrozenBase(model) if is_lora(config) else load_model(config, device).requires_grad_(False)
-        anchor = shard(anchor, device) if sharded else anchor
+        anchor = FrozenBase(model) if is_lora(config) else load_anchor(config, device)
         optimizer = build_optimizer(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             learning_rate=training.learning_rate,

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.distributed import gather, world
+from src.models import decoder_layers
 
 
 def is_sharded(model) -> bool:
@@ -30,8 +31,7 @@ def is_sharded(model) -> bool:
 def shard(model, device: torch.device) -> Any:
     """Keep only this rank's slice of each weight. What calls decoder or head then goes through `within`."""
     mesh, policy = init_device_mesh(device.type, (world(),)), MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    layers = next(part for part in model.get_decoder().children() if isinstance(part, torch.nn.ModuleList))
-    for module in (*layers, model):
+    for module in (*decoder_layers(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the denominators are global: a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)

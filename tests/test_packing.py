@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -21,6 +23,7 @@ from transformers import (
 from benchmarks.update import scoring_memory
 from src import scoring
 from src.config import ConfigError
+from src.models import check_compiler, compile_layers, decoder_layers
 from src.packing import (
     ATTENTION_NAME,
     Episode,
@@ -28,6 +31,7 @@ from src.packing import (
     PackedAttention,
     check_attention,
     fill_microbatches,
+    grpo_packed_attention,
     pack,
     split_into_microbatches,
 )
@@ -169,6 +173,93 @@ def test_the_memory_of_scoring_does_not_grow_with_the_vocabulary():
     assert own[1] - one_more < 1.3 * own[0]
 
 
+def head_outcome(direction, tokens=7):
+    """Results of TokenStatistics on random logits, and the gradient of a mixture of them."""
+    generator = torch.Generator().manual_seed(tokens)
+    logits, anchor = torch.randn(2, tokens, 301, generator=generator)
+    ids = torch.randint(301, (tokens,), generator=generator)
+    logits.requires_grad_()
+    results = TokenStatistics.apply(logits, ids, None if direction is None else anchor, direction)
+    chosen, entropy, _, kl = results
+    objective = (chosen * chosen.detach()).sum() + 0.3 * (entropy * entropy.detach()).sum()
+    objective = objective if kl is None else objective + (kl * kl.detach()).sum()
+    return [x for x in (*results, *torch.autograd.grad(objective, logits)) if x is not None]
+
+
+@pytest.fixture
+def on_the_cpu_too(monkeypatch):
+    """What runs compiled on CUDA runs compiled here, from a clean start."""
+    torch.compiler.reset()
+    scoring.compiled.cache_clear()
+    monkeypatch.setattr(scoring, "FUSED_ON", ("cpu", "cuda"))
+    monkeypatch.setattr(scoring, "verdicts", {})
+    yield
+    scoring.compiled.cache_clear()
+
+
+def said(caplog) -> list[str]:
+    """What the program has logged; torch logs for itself."""
+    return [record.getMessage() for record in caplog.records if record.name == "grpo"]
+
+
+def check_fused(caplog, *directions: str | None) -> None:
+    """Whatever is asked for, the compiled head says what the plain one says."""
+    for direction in directions:
+        for tokens in (7, 20):
+            found = head_outcome(direction, tokens)
+            with patch.object(scoring, "FUSED_ON", ()):
+                expected = head_outcome(direction, tokens)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert list(scoring.verdicts.values()) == [True] * len(directions) and not said(caplog)
+
+
+def test_the_compiled_head_says_what_the_plain_one_says(monkeypatch, on_the_cpu_too, caplog):
+    backend = Backend()
+    compile_with(monkeypatch, backend)
+    check_fused(caplog, None, "reverse", "forward")
+    assert backend.calls >= 3 * (2 + 2 * 2)  # forward and backward, in the trial and for two batches
+
+
+@pytest.mark.slow
+def test_the_head_compiled_by_inductor_says_what_the_plain_one_says(on_the_cpu_too, caplog):
+    check_fused(caplog, "reverse")
+
+
+def raises(graph, inputs):
+    raise RuntimeError("no g++\nand a long trace")
+
+
+def lies(graph, inputs):
+    def run(*arguments):
+        return [1.01 * x if torch.is_tensor(x) else x for x in graph(*arguments)]
+
+    return run
+
+
+@pytest.mark.parametrize("backend", [raises, lies])
+def test_without_a_compiler_that_agrees_the_head_is_plain_and_says_so_once(
+    monkeypatch, on_the_cpu_too, caplog, backend
+):
+    compile_with(monkeypatch, backend)
+    for direction in ("reverse", None, "forward"):
+        found = head_outcome(direction)
+        with patch.object(scoring, "FUSED_ON", ()):
+            assert all(map(torch.equal, found, head_outcome(direction)))
+    (message,) = said(caplog)
+    assert "without torch.compile" in message and "\n" not in message
+
+
+def test_a_trial_that_runs_out_of_memory_is_made_again(monkeypatch, on_the_cpu_too, caplog):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    compile_with(monkeypatch, "eager")
+    with patch.object(scoring, "try_fused", full), pytest.raises(torch.OutOfMemoryError):
+        head_outcome("reverse")
+    head_outcome("reverse")
+    assert scoring.verdicts == {(False, "reverse"): True} and not said(caplog)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_tiles_show_each_token_its_prompt_and_its_own_past_only(seed):
     """Attention by tiles against a dense mask over the whole row, random segments."""
@@ -246,6 +337,101 @@ def test_gradient_checkpointing_changes_no_gradient_and_does_compute_again(name)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert saved[1] < 0.6 * saved[0]
+
+
+class Backend:
+    """A backend of torch.compile that runs what it is given, and counts graphs and calls."""
+
+    def __init__(self):
+        self.graphs = self.calls = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+
+        def run(*arguments):
+            self.calls += 1
+            return graph(*arguments)
+
+        return run
+
+
+def compile_with(monkeypatch, backend) -> None:
+    """torch.compile with another backend than inductor, from a clean start."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+
+@pytest.fixture
+def interface():
+    """compile_layers registers the attention anew for the whole process."""
+    yield
+    AttentionInterface.register(ATTENTION_NAME, grpo_packed_attention)
+    torch.compiler.reset()
+
+
+def compiled_gradients(name: str, checkpointing: bool) -> tuple[list, list]:
+    """Of three batches of different shapes: gradients of a plain model and of a compiled one."""
+    outcomes = []
+    for compiled in (False, True):
+        packed, _ = make_pair(name)
+        if checkpointing:
+            packed.gradient_checkpointing_enable({"use_reentrant": False})
+            packed.train()
+        if compiled:
+            compile_layers(packed)
+        for shapes in (RAGGED, RAGGED[:2], [(3, [8, 2])]):
+            batch = pack(make_groups(torch.Generator().manual_seed(1), shapes), "cpu", torch.float32)
+            score(packed, batch, 0.7).logprobs.sum().backward()
+        outcomes.append([weight.grad for weight in packed.parameters()])
+    return outcomes[0], outcomes[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_have_the_gradients_of_plain_ones(monkeypatch, interface, name, checkpointing):
+    backend = Backend()
+    compile_with(monkeypatch, backend)
+    plain, compiled = compiled_gradients(name, checkpointing)
+    torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
+    assert backend.calls >= 3 * 2 * 2 * (1 + checkpointing)  # batches, layers, before and after the attention; again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_compiled_by_inductor_have_the_gradients_of_plain_ones(interface, checkpointing):
+    torch.compiler.reset()
+    check_compiler(torch.device("cpu"))
+    plain, compiled = compiled_gradients("llama", checkpointing)
+    torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_share_their_graphs_and_a_rollout_runs_none(monkeypatch, interface):
+    backend = Backend()
+    compile_with(monkeypatch, backend)
+    monkeypatch.setitem(CONFIGS, "deep", LlamaConfig(**SHAPE | {"num_hidden_layers": 12}))
+    packed, plain = make_pair("deep")
+    compile_layers(packed)
+    batches = [
+        pack(make_groups(torch.Generator().manual_seed(1), shapes), "cpu", torch.float32)
+        for shapes in (RAGGED, [(3, [8, 2])])
+    ]
+    with torch.inference_mode():
+        expected = [score(packed, batch, 1.0).logprobs for batch in batches]
+    assert backend.calls == 0
+    with torch.no_grad():
+        found = [score(packed, batch, 1.0).logprobs for batch in batches]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert backend.graphs <= 4 and backend.calls >= 2 * 2 * len(decoder_layers(packed))
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_machine_without_a_compiler_gets_one_sentence(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no g++\nand a long trace")
+
+    compile_with(monkeypatch, broken)
+    with pytest.raises(ConfigError, match=r"model.compile: torch.compile does not work.*set model.compile: false"):
+        check_compiler(torch.device("cpu"))
 
 
 def test_models_that_a_packed_row_would_leak_through_are_refused():

@@ -109,7 +109,7 @@ def make_problem(seed: int = 0) -> tuple[Tensor, Tensor, PackedBatch]:
 
 def scores_of(logits: Tensor, anchor: Tensor, batch: PackedBatch, direction: str = "reverse") -> Scores:
     """src.scoring with the identity for a head, in the precision of the logits."""
-    with patch.object(scoring, "head_logits", lambda model, hidden: hidden):
+    with patch.object(scoring, "head_logits", lambda model, hidden, *_: hidden):
         parts = score_chunk(None, logits, batch.target_ids, 1.0, "anchor", anchor, direction)
     chosen, entropy, anchor_chosen, kl = parts
     return Scores(chosen, entropy, logits, anchor_chosen, anchor, kl)
