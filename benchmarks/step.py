@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from benchmarks.rollout import SHAPES
 from src.config import Config, DataConfig, ModelConfig, TrainingConfig
 from src.maxent import Controllers, ControllerSettings
-from src.models import load_model
+from src.models import compile_layers, load_model
 from src.optim import build_optimizer
-from src.prepare import Run
+from src.prepare import Run, load_anchor
 from src.rewards import Rewards
 from src.rl_datasets import Problem
 from src.telemetry import peak_memory
@@ -76,10 +76,16 @@ def make_prompts(options) -> list[list[int]]:
     return [torch.randint(1, vocabulary - 1, (n,), generator=generator).tolist() for _ in range(steps) for n in lengths]
 
 
-def make_run(folder: Path, options, training: dict) -> Run:
+def make_run(folder: Path, options) -> Run:
     """What prepare makes of a config, on random prompts."""
     config = Config(
-        ModelConfig(pretrained_model_path=str(folder), dtype=options.dtype, device=options.device),
+        ModelConfig(
+            pretrained_model_path=str(folder),
+            dtype=options.dtype,
+            device=options.device,
+            gradient_checkpointing="gradient_checkpointing" in options.using,
+            compile="compile" in options.using,
+        ),
         DataConfig(),
         TrainingConfig(
             batch_size=options.prompts * options.samples,
@@ -92,12 +98,14 @@ def make_run(folder: Path, options, training: dict) -> Run:
             learning_rate=1e-6,
             eval_interval=0,
             memory_efficient_adamw=options.device != "cpu",
-            **training,
+            offload="offload" in options.using,
+            reference_offload="reference_offload" in options.using,
         ),
     )
     device = torch.device(options.device)
-    model = load_model(config, device)
-    anchor = load_model(config, device).requires_grad_(False)
+    model, anchor = load_model(config, device), load_anchor(config, device)
+    if config.model.compile:
+        compile_layers(model)
     problems = [Problem(index, tuple(ids), "", {}) for index, ids in enumerate(make_prompts(options))]
     task = BenchmarkTask()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -121,7 +129,7 @@ def run_ours(folder: Path, options) -> list[dict[str, float]]:
     """Seconds of rollout and update of each step, by the loop itself."""
     from src.train_grpo import train_step
 
-    run = make_run(folder, options, {})
+    run = make_run(folder, options)
     steps = []
     for step in range(1, options.repetitions + 2):
         metrics, groups = train_step(run, step)
@@ -229,6 +237,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--micro_batch", type=int, default=8, help="completions a forward and backward pass, ours")
     parser.add_argument("--trl_micro_batch", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.0)
+    memory = ("gradient_checkpointing", "compile", "offload", "reference_offload")
+    parser.add_argument("--using", nargs="*", default=[], choices=memory, help="config keys that ours sets to true")
     parser.add_argument("--repetitions", type=int, default=2, help="steps after the first one, which warms up")
     parser.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS)
     parser.add_argument("--quick", action="store_true", help="few tokens, one repetition")

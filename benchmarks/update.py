@@ -69,7 +69,7 @@ class Padded:
 
 def time_updates(folder: Path, options) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each update, contestants in turn, and their gradient norms at the first."""
-    contestants = {"ours": make_run(folder, options, {}), "padded": make_run(folder, options, {})}
+    contestants = {"ours": make_run(folder, options), "padded": make_run(folder, options)}
     contestants["padded"].model.set_attn_implementation("sdpa")
     groups = make_groups(contestants["ours"], options)
     padded = Padded()
