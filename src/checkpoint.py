@@ -270,8 +270,9 @@ def check_same_experiment(folder: Path, config: Config, refuse: bool = True) -> 
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder}/config.yaml cannot be read; restore it, or use --fresh to start over") from error
     free = {"eval_interval", "ckpt_save_interval", "keep_checkpoints", "max_bad_steps", "max_retry_rounds", "device",
-            "gradient_checkpointing", "compile", "reference_offload", "parallel", "micro_batch_size",
-            "max_tokens_per_microbatch", "inference_batch_size", "on_reward_error", "reward_timeout"}  # fmt: skip
+            "gradient_checkpointing", "checkpoint_every", "compile", "reference_offload", "parallel",
+            "micro_batch_size", "max_tokens_per_microbatch", "inference_batch_size",
+            "on_reward_error", "reward_timeout"}  # fmt: skip
     if config.training.lr_schedule == "constant":  # a decaying rate would jump if the end moved
         free |= {"max_steps", "num_epochs"}
     for section, known in sections.items():

@@ -50,6 +50,9 @@ class ModelConfig:
     dtype: str = key("bfloat16", "Precision of the weights.", choices=("float32", "bfloat16"))
     trust_remote_code: bool = key(False, "Allow a model repository to run its own Python code.")
     gradient_checkpointing: bool = key(False, "Compute each layer again in the backward pass: less memory, more time.")
+    checkpoint_every: int = key(
+        1, "gradient_checkpointing: of so many layers one is computed again; 1: each, 2: every second.", minimum=1
+    )
     compile: bool = key(False, "Run the layers through torch.compile in the update; sampling does without.")
 
 

@@ -46,12 +46,11 @@ def memory_plan(run) -> dict[str, int]:
     wide = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
     # what autograd keeps of a layer: its input, norms, projections and their products
     kept = (12 * config.hidden_size + 4 * wide) * model.dtype.itemsize
-    layers = config.num_hidden_layers
-    activations = tokens * (
-        layers * config.hidden_size * model.dtype.itemsize + kept
-        if run.config.model.gradient_checkpointing
-        else layers * kept
-    )
+    layers, again = config.num_hidden_layers, 0
+    if run.config.model.gradient_checkpointing:  # of these only the input is kept, and all of the one at work
+        again = math.ceil(layers / run.config.model.checkpoint_every)
+    inputs = again * config.hidden_size * model.dtype.itemsize
+    activations = tokens * (inputs + (layers - again + bool(again)) * kept)
     logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
     slots = min(training.inference_batch_size, training.batch_size)
     per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize

@@ -125,6 +125,9 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
     )
     if config.model.gradient_checkpointing:  # transformers does it in training mode only; dropout is off in any case
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        layer: Any
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.gradient_checkpointing = index % config.model.checkpoint_every == 0
         return model.to(device).train()
     return model.to(device).eval()
 

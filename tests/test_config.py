@@ -168,7 +168,7 @@ BAD = {
     "section is false": ("training: false\n", "training must be a list of `key: value` lines"),
     "key misspelt": (TRAINING("learning_rat: 1"), "training.learning_rat is not a key; did you mean learning_rate?"),
     "key of another section": (TRAINING("dtype: float32"), "training.dtype is not a key"),
-    "key far from any": ("model:\n  zzzzzz: 1\n", "model.zzzzzz is not a key; known are: compile, device, dtype"),
+    "key far from any": ("model:\n  zzzzzz: 1\n", "model.zzzzzz is not a key; known are: checkpoint_every, compile"),
     "numeric key": (TRAINING("1: 2"), "training.1 is not a key"),
     "key of two lines": (TRAINING('"a\\nb": 1'), "training.a b is not a key"),
     # types

@@ -22,8 +22,8 @@ from transformers import (
 
 from benchmarks.update import scoring_memory
 from src import scoring
-from src.config import ConfigError
-from src.models import check_compiler, compile_layers, decoder_layers
+from src.config import Config, ConfigError, ModelConfig
+from src.models import check_compiler, compile_layers, decoder_layers, load_model
 from src.packing import (
     ATTENTION_NAME,
     Episode,
@@ -337,6 +337,25 @@ def test_gradient_checkpointing_changes_no_gradient_and_does_compute_again(name)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert saved[1] < 0.6 * saved[0]
+
+
+def test_every_second_layer_can_be_computed_again_and_the_others_kept(tiny_model_folder):
+    groups = make_groups(torch.Generator().manual_seed(1), RAGGED)
+    kept, gradients = [], []
+    for keys in ({}, {"gradient_checkpointing": True, "checkpoint_every": 2}, {"gradient_checkpointing": True}):
+        config = Config(ModelConfig(pretrained_model_path=str(tiny_model_folder), dtype="float32", **keys))
+        model, sizes = load_model(config, torch.device("cpu")), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            scores = score(model, pack(groups, "cpu", torch.float32), 1.0)
+        kept.append(sum(sizes))
+        scores.logprobs.sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2]
+    for a, b, c in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
 
 
 class Backend:
