@@ -46,7 +46,7 @@ from transformers.generation.continuous_batching.continuous_api import WorkloadH
 
 from src.packing import ATTENTION_NAME, pack
 from src.rl_datasets import Problem
-from src.sampler import SlotDecoder, fit_to_memory, rollout
+from src.sampler import SYNC_EVERY, SlotDecoder, fit_to_memory, rollout
 from src.scoring import score
 from src.token_choice import SamplingSettings
 
@@ -104,7 +104,10 @@ class TargetDecoder(SlotDecoder):
     def choose(self, hidden: Tensor, slots) -> None:
         super().choose(hidden, slots)
         self.ended[slots] |= self.lengths[slots] + 1 >= self.targets[self.episodes[slots]]
-        self.live_counts[len(hidden)] += 1
+
+    def block(self) -> None:
+        super().block()
+        self.live_counts[self.rows] += SYNC_EVERY
 
 
 def load(options) -> tuple:

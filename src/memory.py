@@ -15,7 +15,7 @@ from src.offline import given_groups
 from src.packing import Episode, Group, split_into_microbatches
 from src.penalties import PENALTIES
 from src.rl_datasets import Problem
-from src.sampler import cache_shape
+from src.sampler import cache_bytes
 from src.scoring import CHUNK_ELEMENTS
 from src.sharding import is_sharded
 from src.telemetry import peak_memory
@@ -53,14 +53,14 @@ def memory_plan(run) -> dict[str, int]:
     activations = tokens * (inputs + (layers - again + bool(again)) * kept)
     logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
     slots = min(training.inference_batch_size, training.batch_size)
-    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
-    cache = slots * completion * per_token + 2 * math.ceil(slots / group) * prompt * per_token + 8 * slots * vocabulary
+    of_slot, of_prompt = cache_bytes(model, prompt, completion)
+    cache = slots * of_slot + math.ceil(slots / group) * of_prompt
     return {
         "weights": weights // ranks,
         "reference": reference_bytes(run, weights) // ranks,
         "gradients": sum(parameter.nbytes for parameter in trained) // ranks,
         "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes / ranks),
-        "rollout": int(cache) + (weights if ranks > 1 else 0),
+        "rollout": cache + (weights if ranks > 1 else 0),
         "update": int(activations + logits),
     }
 

@@ -51,6 +51,8 @@ class Profile:
         """What was since the last border belongs to the phase that runs."""
         name = self.stack[-1]
         if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # a CUDA graph, in which nothing may wait and nothing runs yet
+                return
             torch.cuda.synchronize(self.device)
             self.peak[name] = max(self.peak[name], torch.cuda.max_memory_allocated(self.device))
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -2,10 +2,10 @@
 
 Every prompt is prefilled once. Completions then decode together in slots of a preallocated key-value cache; a finished
 one gives its slot to the next waiting one, and when none waits the live ones move together, so that the dead are not
-decoded. A prompt's keys are read once for all of its completions, never copied per completion.
+decoded. src/decoding.py has the cache in two layouts, and on a GPU the step as a CUDA graph.
 A completion does not depend on its neighbours, on its slot or on how many slots there are (src/token_choice.py). The
 model's own generation_config is not read, but for the end tokens.
-Not here: CUDA graphs, paged caches, speculative decoding. On a GPU every step launches its kernels one by one.
+Not here: paged caches, speculative decoding.
 """
 
 import logging
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from src.config import ConfigError
 from src.cpu_weights import in_order_of_the_processor
+from src.decoding import FEW, GroupedAttention, JoinedAttention, StepRunner, join, own_stream, uses_graphs
 from src.packing import Episode, Group, PackedAttention
 from src.profiling import phase
 from src.rl_datasets import Problem
@@ -51,106 +52,6 @@ class PromptCache(PackedAttention):
         return super().attend(layer, query, key, value, scaling)
 
 
-class DecodeAttention:
-    """Attention of one decode step: each slot's query against its prompt's keys and its own.
-
-    `table` [A, M] lists the slots of each live prompt (padded with slot 0), so that a prompt's keys are multiplied once
-    with the queries of all of its completions.
-    """
-
-    def __init__(self, layers: int, slots: int, kv_heads: int, width: int, head_dim: int, prompt: tuple, like: Tensor):
-        # zeros: a place that is masked must still be finite, NaN from old memory would survive the mask
-        self.keys = like.new_zeros(layers, slots, kv_heads, width, head_dim)
-        self.values = torch.zeros_like(self.keys)
-        self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt  # [layers, prompts, Hkv, P, D] and [prompts]
-        self.width = 1  # widest own part among the slots, this step's token included
-        self.uniform = True  # all slots have the same own length
-        self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
-        self.device = like.device
-        # bf16 products on a CPU copy a key matrix that is a slice, transposed and slowly: copy it in order before
-        self.dense_keys = like.device.type == "cpu" and like.dtype == torch.bfloat16
-
-    def arrange(self, prompt_rows: np.ndarray) -> None:
-        """Group the live slots by prompt. prompt_rows [n]: the prompt of each slot."""
-        prompts, member, counts = np.unique(prompt_rows, return_inverse=True, return_counts=True)
-        most = int(counts.max())
-        order = np.argsort(member, kind="stable")  # slots, prompt by prompt
-        rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = member[order] * most + rank  # each slot's place in the flat table
-        table = np.zeros(len(prompts) * most, dtype=np.int64)
-        table[place] = np.arange(len(place))
-        self.live, self.most = len(prompts), most
-        dense = len(table) == len(place) and (place == np.arange(len(place))).all()
-        self.table = None if dense else torch.from_numpy(table).to(self.device)  # [A * M]
-        self.place = None if dense else torch.from_numpy(place).to(self.device)  # [n]
-        lengths = self.prompt_lengths[prompts]
-        width = int(lengths.max())
-        all_of_them = len(prompts) == self.prompt_keys.shape[1]
-        chosen = torch.from_numpy(prompts).to(self.device)
-        self.live_keys, self.live_values = (
-            (cache if all_of_them else cache.index_select(1, chosen))[..., :width, :].contiguous()
-            for cache in (self.prompt_keys, self.prompt_values)
-        )  # [layers, A, Hkv, P, D]
-        hidden = torch.from_numpy(np.arange(width)[None] >= lengths[:, None]).to(self.device)  # [A, P]
-        self.prompt_mask = None
-        if (lengths != width).any():
-            self.prompt_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[
-                :, None, None
-            ]
-
-    def begin_step(self, lengths: Tensor) -> None:
-        """lengths [n]: own tokens already in the cache; this step's goes to that place."""
-        self.lengths = lengths.clamp(max=self.keys.shape[3] - 1)  # a slot that ended keeps overwriting its last place
-        self.slots = torch.arange(len(lengths), device=self.device)
-        self.own_mask = None
-        if not self.uniform:
-            hidden = torch.arange(self.width, device=self.device)[None] > self.lengths[:, None]  # [n, T]
-            self.own_mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)[
-                :, None, None
-            ]
-
-    def to_table(self, x: Tensor) -> Tensor:
-        """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
-        x = x if self.table is None else x.index_select(0, self.table)
-        return x.unflatten(0, (self.live, self.most)).transpose(1, 2).flatten(2, 3)
-
-    def from_table(self, x: Tensor) -> Tensor:
-        """[A, Hkv, M * R, d] -> [n, Hkv, R, d]."""
-        x = x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.place is None else x.index_select(0, self.place)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
-        n, kv_heads = key.shape[:2]
-        # in lockstep all write to the same place: a slice, which is faster than an index
-        place = (slice(n), slice(None), self.width - 1) if self.uniform else (self.slots, slice(None), self.lengths)
-        self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
-        keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
-        keys = keys.contiguous() if self.dense_keys else keys
-        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
-        of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
-        own = query @ keys.transpose(-1, -2)  # [n, Hkv, R, T]
-        if self.prompt_mask is not None:
-            of_prompt = of_prompt + self.prompt_mask
-        if self.own_mask is not None:
-            own = own + self.own_mask
-        weights = torch.cat([self.from_table(of_prompt), own], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
-        of_prompt, own = weights.split([of_prompt.shape[-1], own.shape[-1]], dim=-1)
-        output = own @ values + self.from_table(self.to_table(of_prompt) @ self.live_values[layer])  # [n, Hkv, R, D]
-        return output.flatten(1, 2)[:, None]
-
-    def move(self, keep: Tensor) -> None:
-        """Bring the kept slots to the front."""
-        for cache in (*self.keys, *self.values):  # layer by layer: the copy in between stays small
-            cache[: len(keep), :, : self.width] = cache[keep, :, : self.width]
-
-    def clear(self, slots: Tensor) -> None:
-        """Zeros for the next episodes: NaN that an episode has left would survive the mask."""
-        for cache in (*self.keys, *self.values):
-            cache[slots, :, : self.width] = 0
-
-
 def cache_shape(model) -> tuple[int, int, int]:
     """Layers, key-value heads and head size of the model."""
     config = model.config.get_text_config()
@@ -170,14 +71,20 @@ def free_memory(device: torch.device) -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
+def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
+    """Bytes of a slot, with its logits, and of a prompt: its keys, and where slots do not hold them the live copy."""
+    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
+    logits = 8 * model.config.get_text_config().vocab_size
+    if uses_graphs(model.device):  # graphs have memory of their own for what a step computes
+        return per_token * (prompt + new_tokens) + 2 * logits, per_token * prompt
+    return per_token * new_tokens + logits, 2 * per_token * prompt
+
+
 def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> tuple[int, int]:
     """Slots to decode in and prompts to prefill at a time, so that the caches fit into the free memory."""
     wanted = min(settings.slots, len(problems) * samples)
-    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
-    # twice: the cache of all prompts of a wave, and the copy of the live ones
-    prompt = 2 * per_token * max(len(problem.prompt_ids) for problem in problems)
-    logits = 8 * model.config.get_text_config().vocab_size
-    slot = per_token * settings.max_new_tokens + logits
+    longest = max(len(problem.prompt_ids) for problem in problems)
+    slot, prompt = cache_bytes(model, longest, settings.max_new_tokens)
     free = free_memory(model.device)
     room = MEMORY_SHARE * free - prompt  # one prompt must fit in any case
     slots = min(wanted, int(room // (slot + prompt / samples)))  # with a slot comes its share of a prompt
@@ -226,12 +133,12 @@ class SlotDecoder:
     def __init__(self, model, tokenizer, problems: Sequence[Problem], samples: int, slots: int, settings, attempt: int):
         self.model, self.tokenizer, self.settings, self.samples = model, tokenizer, settings, samples
         self.prompt_hidden, prompt = prefill(model, problems)
-        keys, device = prompt[0], model.device
+        device = model.device
         self.total = total = len(problems) * samples
-        slots = min(slots, total)
-        self.attention = DecodeAttention(
-            keys.shape[0], slots, keys.shape[2], settings.max_new_tokens, keys.shape[4], prompt, keys
-        )
+        self.rows = min(slots, total)  # the slots that are decoded, the first of them all
+        layout = JoinedAttention if uses_graphs(device) else GroupedAttention
+        self.attention: GroupedAttention | JoinedAttention = layout(prompt, self.rows, settings.max_new_tokens)
+        self.runner = StepRunner(device)
         episode_keys = [
             episode_key(settings.seed, settings.stream, problem.index, sample + attempt * samples)
             for problem in problems
@@ -244,10 +151,9 @@ class SlotDecoder:
         self.logprobs = torch.zeros(total, settings.max_new_tokens + 1, device=device)
         self.prompt_lengths = torch.from_numpy(prompt[2]).to(device)
         self.waiting = 0  # the next episode to start
-        # of each slot [n]: its episode, own tokens in the cache, and last token
-        self.episodes, self.lengths, self.current = torch.zeros(3, slots, dtype=torch.long, device=device)
-        self.ended = torch.ones(slots, dtype=torch.bool, device=device)  # [n] nothing left to decode
-        self.failed = torch.zeros(slots, dtype=torch.bool, device=device)  # [n] because its logits were not finite
+        # of each slot [slots]: its episode, own tokens in the cache, and last token; changed in place, for the graphs
+        self.episodes, self.lengths, self.current = torch.zeros(3, self.rows, dtype=torch.long, device=device)
+        self.ended = torch.ones(self.rows, dtype=torch.bool, device=device)  # [slots] nothing left to decode
 
     @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
@@ -259,26 +165,26 @@ class SlotDecoder:
         self.tokens[episodes, column] = tokens
         self.logprobs[episodes, column] = logprobs
         self.current[slots] = tokens
-        failed = ~logprobs.isfinite()
-        self.failed[slots] |= failed
-        self.ended[slots] |= failed | torch.isin(tokens, self.eos) | (positions + 1 >= self.settings.max_new_tokens)
+        is_end = (tokens[:, None] == self.eos).any(1)  # not isin, which waits for the device when there are many
+        self.ended[slots] |= is_end | ~logprobs.isfinite() | (positions + 1 >= self.settings.max_new_tokens)
 
     def start(self, slots: Tensor) -> None:
         """Put the next waiting episodes into these slots and sample their first tokens from the prompts."""
-        self.attention.clear(slots)
-        self.episodes[slots] = torch.arange(self.waiting, self.waiting + len(slots), device=slots.device)
+        episodes = torch.arange(self.waiting, self.waiting + len(slots), device=slots.device)
+        self.attention.start(slots, episodes // self.samples)
+        self.episodes[slots] = episodes
         self.waiting += len(slots)
         self.lengths[slots] = 0
-        self.ended[slots] = self.failed[slots] = False
-        self.choose(self.prompt_hidden[self.episodes[slots] // self.samples], slots)
+        self.ended[slots] = False
+        self.choose(self.prompt_hidden[episodes // self.samples], slots)
 
-    def look(self) -> tuple[Tensor, Tensor]:
-        """Which slots have ended and which have failed, on the host: here it waits for the device."""
-        ended, failed = torch.stack([self.ended, self.failed]).cpu()
+    def look(self) -> Tensor:
+        """Which slots have ended, on the host: here it waits for the device."""
+        ended = self.ended[: self.rows].cpu()
         if self.settings.stop_strings and not ended.all():
             self.ended[self.stopped((~ended).nonzero()[:, 0])] = True
-            ended = self.ended.cpu()
-        return ended, failed
+            ended = self.ended[: self.rows].cpu()
+        return ended
 
     def stopped(self, live: Tensor) -> list[int]:
         """Those of the live slots whose text contains a stop string, by the text of their last tokens."""
@@ -298,57 +204,70 @@ class SlotDecoder:
 
     def refill(self) -> bool:
         """Give free slots to waiting episodes, or bring the live ones together. False when nothing is left to do."""
-        attention = self.attention
-        ended, failed = self.look()
-        free = ended.nonzero()[:, 0]
+        ended = self.look()
         changed = False
-        while len(free) and self.waiting < self.total:  # an episode may end with its first token: look again
-            self.start(free[: self.total - self.waiting].to(self.tokens.device))
+        while self.waiting < self.total and ended.any():  # an episode may end with its first token: look again
+            self.start(ended.nonzero()[: self.total - self.waiting, 0].to(self.tokens.device))
             changed = True
-            ended, failed = self.look()
-            free = ended.nonzero()[:, 0]
-        if len(free) == len(ended):
+            ended = self.look()
+        live = len(ended) - int(ended.sum())
+        if live == 0:
             return False
-        if len(free) * 8 >= len(ended) or failed.any():  # NaN must not stay in the cache
-            keep = (~ended).nonzero()[:, 0].to(self.tokens.device)
-            attention.move(keep)
-            self.episodes, self.lengths, self.current, self.ended, self.failed = (
-                state[keep] for state in (self.episodes, self.lengths, self.current, self.ended, self.failed)
-            )
+        rows = self.runner.rows(live, self.rows)
+        if rows < self.rows:
+            # the live ones to the front; behind them, where a graph has more rows, slots that ended, as they are
+            keep = ended.int().argsort(stable=True)[:rows].to(self.tokens.device)
+            self.attention.move(keep)
+            for state in (self.episodes, self.lengths, self.current, self.ended):
+                state[:rows] = state[keep]
+            self.rows = rows
             changed = True
         if changed:
-            lengths = self.lengths[~self.ended].cpu()
-            attention.width = int(lengths.max()) + 1
-            attention.uniform = bool((lengths == lengths[0]).all())
-            attention.arrange((self.episodes // self.samples).cpu().numpy())
+            self.arrange(live)
         return True
 
-    @phase("decode")
+    def arrange(self, live: int) -> None:
+        """Tell the attention which slots it has now, in the joined layout when few are left and none waits."""
+        state = torch.stack([self.episodes, self.lengths, self.ended.long()])[:, : self.rows].cpu().numpy()
+        prompts, lengths, ended = state[0] // self.samples, state[1], state[2] > 0
+        grouped = self.attention
+        if isinstance(grouped, GroupedAttention) and self.waiting == self.total:
+            fits = self.rows * grouped.longest <= len(grouped.keys[0]) * grouped.capacity
+            if fits and live <= FEW * len(np.unique(prompts[~ended])):
+                self.attention = join(grouped, prompts, lengths)
+        self.attention.arrange(prompts, lengths, ended)
+
     def step(self) -> None:
-        """One token for every live slot."""
-        attention = self.attention
-        attention.begin_step(self.lengths)
-        prompt_lengths = self.prompt_lengths[self.episodes // self.samples]
+        """One token for every slot. May be captured: no shape depends on the data, and nothing waits for the device."""
+        slots = slice(self.rows)
+        lengths = self.lengths[slots]  # [n]
+        positions = self.prompt_lengths[self.episodes[slots] // self.samples] + lengths
+        self.attention.begin_step(lengths, positions)
         hidden = (
             self.model.get_decoder()(
-                input_ids=self.current[:, None],
-                position_ids=(prompt_lengths + self.lengths)[:, None],
+                input_ids=self.current[slots, None],
+                position_ids=positions[:, None],
                 use_cache=False,
-                attention_plan=attention,
+                attention_plan=self.attention,
             ).last_hidden_state[:, 0]  # [n, hidden]
         )
-        self.lengths += 1
-        attention.width = min(attention.width + 1, attention.keys.shape[3])
-        self.choose(hidden, slice(None))
+        lengths += 1
+        self.choose(hidden, slots)
+
+    @phase("decode")
+    def block(self) -> None:
+        """SYNC_EVERY steps."""
+        self.attention.begin_block(SYNC_EVERY)
+        self.runner.run(self.step, (self.rows, self.attention.width), SYNC_EVERY)
 
     def run(self, check_stop: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         """Decode until every episode has ended: tokens and log-probs [episodes, max_new_tokens], junk after the end."""
-        with in_order_of_the_processor(self.model, len(self.episodes), free_memory(self.model.device)):
+        device = self.model.device
+        with in_order_of_the_processor(self.model, len(self.episodes), free_memory(device)), own_stream(device):
             while self.refill():
                 if check_stop is not None:
                     check_stop()
-                for _ in range(SYNC_EVERY):
-                    self.step()
+                self.block()
         return self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()
 
 

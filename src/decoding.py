@@ -1,0 +1,281 @@
+"""Attention of a decode step, in two layouts of its key-value cache, and the step as a CUDA graph.
+
+GroupedAttention keeps a prompt's keys once for all of its completions. JoinedAttention keeps prompt and completion of a
+slot side by side: more memory, but a few operations, whose shapes are a number of slots and a width and nothing else.
+That is what a CUDA graph needs, and on a CPU it is faster for the last few completions of a prompt.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+logger = logging.getLogger("grpo")
+
+GRAPHS_ON = ("cuda",)  # device types whose steps are captured; elsewhere capturing does nothing (the tests do that)
+WIDTH_STEP = 256  # the width of a captured step is a multiple of this
+FEW = 2  # live completions a prompt, from which a CPU joins them: at 1 to 2 the attention is 15 to 35% faster
+
+
+def uses_graphs(device: torch.device) -> bool:
+    """Whether steps on this device are captured, in the joined layout."""
+    return device.type in GRAPHS_ON
+
+
+def as_mask(hidden: Tensor) -> Tensor:
+    """hidden [rows, width] -> [rows, 1, 1, width], -inf where it is true."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+
+
+class SlotCache:
+    """Keys and values by slot, and those of the prompts [layers, prompts, Hkv, P, D] with their lengths [prompts]."""
+
+    def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
+        self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt
+        layers, _, kv_heads, _, head_dim = self.prompt_keys.shape
+        # zeros: a place that is masked must still be finite, NaN from old memory would survive the mask
+        self.keys, self.values = (
+            [self.prompt_keys.new_zeros(slots, kv_heads, width, head_dim) for _ in range(layers)] for _ in range(2)
+        )
+        self.capacity = width
+        self.width = 0  # places that a step reads
+        self.reach = 0  # places that have ever been read or written
+        self.device = self.prompt_keys.device
+        # bf16 products on a CPU copy a key matrix that is a slice, transposed and slowly: copy it in order before
+        self.dense_keys = self.device.type == "cpu" and self.prompt_keys.dtype == torch.bfloat16
+
+    def move(self, keep: Tensor) -> None:
+        """Bring the kept slots to the front, as far as a slot before them may have left something."""
+        for part in (*self.keys, *self.values):  # layer by layer: the copy in between stays small
+            part[: len(keep), :, : self.reach] = part[keep, :, : self.reach]
+
+    def start(self, slots: Tensor, prompts: Tensor) -> None:
+        """Zeros for the next episodes: NaN that an episode has left would survive the mask."""
+        for part in (*self.keys, *self.values):
+            part[slots, :, : self.reach] = 0
+
+
+class GroupedAttention(SlotCache):
+    """Attention of one decode step: each slot's query against its prompt's keys and its own.
+
+    `table` [A, M] lists the slots of each live prompt (padded with slot 0), so that a prompt's keys are multiplied once
+    with the queries of all of its completions.
+    """
+
+    def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
+        super().__init__(prompt, slots, width)
+        self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
+
+    def arrange(self, prompt_rows: np.ndarray, lengths: np.ndarray, ended: np.ndarray) -> None:
+        """Group the slots by prompt. Of each [n]: its prompt, own tokens in the cache, and whether it has ended."""
+        self.width = int(lengths[~ended].max())
+        self.uniform = len(np.unique(lengths[~ended])) == 1  # all live slots have the same own length
+        prompts, member, counts = np.unique(prompt_rows, return_inverse=True, return_counts=True)
+        most = int(counts.max())
+        order = np.argsort(member, kind="stable")  # slots, prompt by prompt
+        rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = member[order] * most + rank  # each slot's place in the flat table
+        table = np.zeros(len(prompts) * most, dtype=np.int64)
+        table[place] = np.arange(len(place))
+        self.live, self.most = len(prompts), most
+        dense = len(table) == len(place) and (place == np.arange(len(place))).all()
+        self.table = None if dense else torch.from_numpy(table).to(self.device)  # [A * M]
+        self.place = None if dense else torch.from_numpy(place).to(self.device)  # [n]
+        of_prompts = self.prompt_lengths[prompts]
+        width = int(of_prompts.max())
+        all_of_them = len(prompts) == self.prompt_keys.shape[1]
+        chosen = torch.from_numpy(prompts).to(self.device)
+        self.live_keys, self.live_values = (
+            (part if all_of_them else part.index_select(1, chosen))[..., :width, :].contiguous()
+            for part in (self.prompt_keys, self.prompt_values)
+        )  # [layers, A, Hkv, P, D]
+        self.prompt_mask = None
+        if (of_prompts != width).any():
+            hidden = np.arange(width)[None] >= of_prompts[:, None]  # [A, P]
+            self.prompt_mask = as_mask(torch.from_numpy(hidden).to(self.device))
+
+    def begin_block(self, steps: int) -> None:
+        """The width grows with every step."""
+
+    def begin_step(self, lengths: Tensor, positions: Tensor) -> None:
+        """lengths [n]: own tokens already in the cache; this step's goes to that place."""
+        self.width = min(self.width + 1, self.capacity)
+        self.reach = max(self.reach, self.width)
+        self.lengths = lengths.clamp(max=self.width - 1)  # a slot that ended keeps overwriting the last place
+        self.slots = torch.arange(len(lengths), device=self.device)
+        self.own_mask = None
+        if not self.uniform:
+            self.own_mask = as_mask(torch.arange(self.width, device=self.device)[None] > self.lengths[:, None])
+
+    def to_table(self, x: Tensor) -> Tensor:
+        """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
+        x = x if self.table is None else x.index_select(0, self.table)
+        return x.unflatten(0, (self.live, self.most)).transpose(1, 2).flatten(2, 3)
+
+    def from_table(self, x: Tensor) -> Tensor:
+        """[A, Hkv, M * R, d] -> [n, Hkv, R, d]."""
+        x = x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.place is None else x.index_select(0, self.place)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
+        n, kv_heads = key.shape[:2]
+        # in lockstep all write to the same place: a slice, which is faster than an index
+        place = (slice(n), slice(None), self.width - 1) if self.uniform else (self.slots, slice(None), self.lengths)
+        self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
+        keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
+        keys = keys.contiguous() if self.dense_keys else keys
+        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
+        of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
+        own = query @ keys.transpose(-1, -2)  # [n, Hkv, R, T]
+        if self.prompt_mask is not None:
+            of_prompt = of_prompt + self.prompt_mask
+        if self.own_mask is not None:
+            own = own + self.own_mask
+        weights = torch.cat([self.from_table(of_prompt), own], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
+        of_prompt, own = weights.split([of_prompt.shape[-1], own.shape[-1]], dim=-1)
+        output = own @ values + self.from_table(self.to_table(of_prompt) @ self.live_values[layer])  # [n, Hkv, R, D]
+        return output.flatten(1, 2)[:, None]
+
+
+class JoinedAttention(SlotCache):
+    """The same attention with prompt and completion side by side: a token's place in its slot is its position."""
+
+    def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
+        super().__init__(prompt, slots, prompt[0].shape[3] + width)
+        self.longest = self.capacity
+        self.width_step = WIDTH_STEP if uses_graphs(self.device) else 1
+
+    def start(self, slots: Tensor, prompts: Tensor) -> None:
+        """The prompts [s] of the next episodes, and zeros behind them."""
+        super().start(slots, prompts)
+        longest = self.prompt_keys.shape[3]
+        for parts, sources in ((self.keys, self.prompt_keys), (self.values, self.prompt_values)):
+            for part, source in zip(parts, sources, strict=True):
+                part[slots, :, :longest] = source[prompts]
+        self.reach = max(self.reach, longest)
+
+    def arrange(self, prompt_rows: np.ndarray, lengths: np.ndarray, ended: np.ndarray) -> None:
+        """Of each slot [n]: its prompt, own tokens in the cache, and whether it has ended."""
+        self.filled = int((self.prompt_lengths[prompt_rows] + lengths)[~ended].max())  # places of the longest
+
+    def begin_block(self, steps: int) -> None:
+        """One width for all of these steps."""
+        self.filled += steps
+        self.width = min(-(-self.filled // self.width_step) * self.width_step, self.capacity)
+        self.reach = max(self.reach, self.width)
+
+    def begin_step(self, lengths: Tensor, positions: Tensor) -> None:
+        """positions [n]: tokens already in the cache, the prompt's included; this step's goes to that place."""
+        self.places = positions.clamp(max=self.width - 1)  # a slot that ended keeps overwriting the last place
+        self.slots = torch.arange(len(positions), device=self.device)
+        self.mask = as_mask(torch.arange(self.width, device=self.device)[None] > self.places[:, None])  # [n, 1, 1, T]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
+        n, kv_heads = key.shape[:2]
+        place = (self.slots, slice(None), self.places)
+        self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
+        keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
+        keys = keys.contiguous() if self.dense_keys else keys
+        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
+        scores = query @ keys.transpose(-1, -2) + self.mask  # [n, Hkv, R, T]
+        output = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values  # [n, Hkv, R, D]
+        return output.flatten(1, 2)[:, None]
+
+
+def join(grouped: GroupedAttention, prompt_rows: np.ndarray, lengths: np.ndarray) -> JoinedAttention:
+    """The same cache in the joined layout; the grouped one is taken apart on the way, so that no memory is added."""
+    slots, device = len(prompt_rows), grouped.device
+    prompt = (grouped.prompt_keys, grouped.prompt_values, grouped.prompt_lengths)
+    joined = JoinedAttention(prompt, 0, grouped.capacity)
+    starts = torch.from_numpy(grouped.prompt_lengths[prompt_rows]).to(device)  # [n]
+    places = starts[:, None] + torch.arange(grouped.width, device=device)  # [n, T]
+    rows, chosen = torch.arange(slots, device=device)[:, None], torch.from_numpy(prompt_rows).to(device)
+    for old, new, source in (
+        (grouped.keys, joined.keys, joined.prompt_keys),
+        (grouped.values, joined.values, joined.prompt_values),
+    ):
+        for layer, of_prompts in enumerate(source):
+            part = of_prompts.new_zeros(slots, of_prompts.shape[1], joined.capacity, of_prompts.shape[3])
+            part[:, :, : source.shape[3]] = of_prompts[chosen]
+            own = old[layer][:slots, :, : grouped.width]  # [n, Hkv, T, D]
+            part.transpose(1, 2)[rows, places] = own.transpose(1, 2)
+            old[layer], new[layer] = torch.empty(0), part
+    joined.reach = joined.capacity
+    return joined
+
+
+class StepRunner:
+    """Runs a step many times. On CUDA as a graph for each shape, captured when the shape comes up first.
+
+    A graph repeats its kernels on the addresses of its capture: all that a step reads and writes must stay in place,
+    and Python inside the step runs only once. The graphs live as long as the cache they write to, one wave of prompts.
+    """
+
+    works = True  # capturing has not failed yet, in this process
+
+    def __init__(self, device: torch.device):
+        self.has_graphs = uses_graphs(device)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # by slots and width
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # shared: one runs at a time
+
+    def rows(self, live: int, rows: int) -> int:
+        """How many of `rows` slots to decode when so many are live: few sizes for graphs, else without an eighth."""
+        if not self.has_graphs:
+            return live if live * 8 <= rows * 7 else rows
+        sizes = (size for power in range(live.bit_length() + 1) for size in (2**power, 3 * 2**power // 2))
+        return min(rows, min(size for size in sizes if size >= live))
+
+    def run(self, step: Callable[[], None], shape: tuple[int, int], times: int) -> None:
+        """So many steps with this number of slots and this width."""
+        if self.has_graphs and shape not in self.graphs:
+            step()  # loads the kernels, which a capture cannot, and counts as any other
+            times -= 1
+            self.graphs[shape] = self.capture(step)
+        graph = self.graphs.get(shape)
+        for _ in range(times):
+            step() if graph is None else graph.replay()
+
+    def capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """The graph of a step, which is not run; None where there are no graphs."""
+        if self.pool is None or not StepRunner.works or is_in_torch_dispatch_mode():  # --profile counts operations
+            return None
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads (NCCL's watchdog) may talk to the device meanwhile
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(), "thread_local"):
+                step()
+        except RuntimeError as error:
+            StepRunner.works = False
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            logger.warning(f"decoding without CUDA graphs, which is slower: a step could not be captured ({reason})")
+            return None
+        return graph
+
+
+@cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all rollouts: memory that is freed on a stream serves only that stream again."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def own_stream(device: torch.device):
+    """Graphs are not captured on the default stream. What comes before and after waits for what is inside."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, outside = stream_of(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outside)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outside.wait_stream(stream)
