@@ -1,12 +1,13 @@
 """A whole GRPO step against TRL's GRPOTrainer: the same weights, prompts, lengths, micro-batch and loss, in turn.
 
-    uv run --group benchmarks python -m benchmarks.step --shape smollm2-135m     # on a CPU: about 10 minutes
-    uv run python -m benchmarks.step --shape tiny --quick --skip trl             # seconds: only shows that it runs
+    uv run --group benchmarks python -m benchmarks.step --shape smollm2-135m         # on a CPU: about 8 minutes
+    uv run python -m benchmarks.step --shape tiny --quick --skip trl trl_allocator   # seconds: only shows that it runs
 
-Both start from the same random weights in --dtype and take `--repetitions` steps after one that warms up, process by
-process: rollout (tokens, text, reward), then update (log-probs, loss, backward, clipping, optimizer). Every completion
-has --new_tokens: no end token is set. With --beta above 0 both score a frozen reference; that is counted as update.
-TRL runs as its defaults say, but without gradient checkpointing and without writing anything. Ours keeps fp32 master
+All start from the same random weights in --dtype and take `--repetitions` steps after one that warms up, each in a
+process of its own, one after the other: rollout (tokens, text, reward), then update (log-probs, loss, backward,
+clipping, optimizer). Every completion has --new_tokens: no end token is set. With --beta above 0 all score a frozen
+reference; that is counted as update. TRL runs as its defaults say, but without gradient checkpointing and without
+writing anything; `trl_allocator` is TRL with what src/__init__.py sets for the memory of a CPU. Ours keeps fp32 master
 weights where TRL trains the bf16 weights themselves. The last line of stdout is one JSON document.
 """
 
@@ -16,6 +17,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -141,7 +144,7 @@ def run_ours(folder: Path, options) -> list[dict[str, float]]:
 
 
 def print_step(name: str, seconds: dict[str, float]) -> None:
-    print(f"  {name:9} rollout {seconds['rollout']:7.2f} s   update {seconds['update']:7.2f} s", flush=True)
+    print(f"  {name:13} rollout {seconds['rollout']:7.2f} s   update {seconds['update']:7.2f} s", flush=True)
 
 
 def run_trl(folder: Path, options) -> list[dict[str, float]]:
@@ -222,7 +225,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-CONTESTANTS = {"ours": run_ours, "trl": run_trl}
+CONTESTANTS = {"ours": run_ours, "trl": run_trl, "trl_allocator": run_trl}
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -242,6 +245,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=2, help="steps after the first one, which warms up")
     parser.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS)
     parser.add_argument("--quick", action="store_true", help="few tokens, one repetition")
+    parser.add_argument("--alone", nargs=2, help="a contestant and the model's folder: used by the benchmark itself")
     options = parser.parse_args()
     if options.quick:
         options.repetitions, options.new_tokens, options.prompt_tokens = 1, min(options.new_tokens, 12), 20
@@ -260,30 +264,51 @@ def machine() -> dict:
     }
 
 
+def run_alone(name: str, folder: Path, options) -> dict:
+    """One contestant in this process; what it took."""
+    steps = CONTESTANTS[name](folder, options)
+    return {"seconds": steps, "peak_gib": peak_memory(torch.device(options.device)) / 2**30}
+
+
+def in_own_process(name: str, folder: str) -> dict:
+    """The same in a new process, so that memory and settings of one are not those of the next."""
+    environment = dict(os.environ)
+    if name == "trl":  # any such variable keeps src/__init__.py from its own; this one, 0, changes nothing
+        environment["MALLOC_PERTURB_"] = "0"
+    command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--alone", name, folder]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    last = ""
+    for last in process.stdout:
+        if last.startswith("  "):
+            print(last, end="", flush=True)
+    if process.wait() != 0:
+        raise SystemExit(f"{name} has failed")
+    return json.loads(last)
+
+
 def main() -> None:
     options = parse_arguments(__doc__.splitlines()[0])
     transformers.logging.set_verbosity_error()
-    if "trl" not in options.skip and importlib.util.find_spec("trl") is None:
-        raise SystemExit("TRL is not installed: run with `uv run --group benchmarks ...`, or with --skip trl")
-    result: dict = {"options": vars(options), **machine(), "seconds": {}, "peak_gib": {}}
+    if options.alone:
+        print(json.dumps(run_alone(options.alone[0], Path(options.alone[1]), options)))
+        return
+    names = [name for name in CONTESTANTS if name not in options.skip]
+    if names != ["ours"] and importlib.util.find_spec("trl") is None:
+        raise SystemExit("TRL is not installed: run with `uv run --group benchmarks`, or --skip trl trl_allocator")
+    result: dict = {"options": vars(options), **machine()}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)
-        for name, contestant in CONTESTANTS.items():
-            if name in options.skip:
-                continue
-            if options.device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
-            result["seconds"][name] = contestant(Path(folder), options)
-            result["peak_gib"][name] = peak_memory(torch.device(options.device)) / 2**30
+        results = {name: in_own_process(name, folder) for name in names}
     medians = {
-        name: {phase: statistics.median(step[phase] for step in steps[1:]) for phase in ("rollout", "update")}
-        for name, steps in result["seconds"].items()
+        name: {phase: statistics.median(step[phase] for step in each["seconds"][1:]) for phase in ("rollout", "update")}
+        for name, each in results.items()
     }
     for phases in medians.values():
         phases["step"] = phases["rollout"] + phases["update"]
-    result["median"] = medians
-    if len(medians) == 2:
-        result["trl_over_ours"] = {phase: medians["trl"][phase] / medians["ours"][phase] for phase in medians["ours"]}
+    result |= {"results": results, "median": medians}
+    for name in medians.keys() - {"ours"}:
+        result[f"{name}_over_ours"] = {phase: medians[name][phase] / medians["ours"][phase] for phase in medians[name]}
     print(json.dumps(result))
 
 
