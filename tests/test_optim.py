@@ -636,6 +636,7 @@ def test_build_optimizer(dtype, memory_efficient, expected, grouped):
     steps(optimizer, parameters, 2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("master_bits, state_bits", ALL_BITS)
 def test_cuda_offload_equals_cuda_and_agrees_with_the_cpu(monkeypatch, master_bits, state_bits):

@@ -358,7 +358,9 @@ def test_lora(run, tmp_path):
 
 BENCHMARKS = {  # what makes them short; of those that have no form of a few seconds only the options are read
     "python -m benchmarks.compare_penalties --loss_types none kl approx_kl ot maxent": None,
-    "python -m benchmarks.rollout --repetitions 2 --skip generate_batch": "--shape tiny --quick --lengths fixed",
+    "uv run --group benchmarks python -m benchmarks.step --repetitions 3": None,
+    "python -m benchmarks.update --repetitions 4": "--shape tiny --quick",
+    "python -m benchmarks.rollout --repetitions 3 --skip generate_batch": "--shape tiny --quick --lengths fixed",
     "python -m benchmarks.rollout --prompts 16 --lengths long_tail": "--shape tiny --quick --skip generate_batch",
     "python -m benchmarks.optimizer": None,
     "python -m benchmarks.kill_storm --kills 50 --seed 3": None,
@@ -376,7 +378,7 @@ class OptionsRead(Exception):
 @executes(*BENCHMARKS)
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmarks(command, monkeypatch, capsys):
-    words, shorter = command.split()[2:], BENCHMARKS[command]
+    words, shorter = command.partition("python -m ")[2].split(), BENCHMARKS[command]
     monkeypatch.setattr(sys, "argv", words + (shorter or "").split())
     benchmark = importlib.import_module(words[0])
     if shorter:

@@ -1,0 +1,51 @@
+"""What only a CUDA device can show; `python -m pytest -m gpu` runs these and those of other files."""
+
+import copy
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_packing import RAGGED, make_groups, make_pair
+from test_sampler import TOKENIZER, make_prompts, settings, tokens_of
+
+from src import decoding, scoring
+from src.packing import pack
+from src.sampler import rollout
+from src.scoring import score
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("slots", [64, 5])
+def test_captured_steps_sample_the_tokens_of_eager_ones(name, slots, caplog):
+    model = make_pair(name)[0].cuda()
+    results = []
+    for on in ((), ("cuda",)):
+        with patch.object(decoding, "GRAPHS_ON", on):
+            groups = rollout(model, TOKENIZER, make_prompts(), 7, replace(settings(slots), temperature=0.9))
+        results.append((tokens_of(groups), [e.logprobs for group in groups for e in group.episodes]))
+    assert decoding.StepRunner.works, caplog.text
+    assert results[0][0] == results[1][0]
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "granite"])
+def test_packed_scores_and_gradients_in_bf16_are_those_of_the_cpu_in_fp32(name):
+    packed, _ = make_pair(name)
+    groups = make_groups(torch.Generator().manual_seed(1), RAGGED)
+    results = []
+    for model in (packed.float(), copy.deepcopy(packed).to("cuda", torch.bfloat16)):
+        batch = pack(groups, model.device, model.dtype)
+        scores = score(model, batch, 0.7)
+        (scores.logprobs * batch.token_weight[batch.episode_index]).sum().backward()
+        gradient = torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()])
+        results.append((scores.logprobs.detach().cpu(), gradient))
+    assert batch.attention_plan.use_varlen and False not in scoring.verdicts.values()
+    torch.testing.assert_close(results[0][0], results[1][0], atol=0.2, rtol=0)
+    assert torch.nn.functional.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.99
