@@ -110,12 +110,14 @@ def preflight(run, backward: Callable[[list[Group]], list]) -> None:
     backward(batch * world())  # one for each process
     run.model.zero_grad(set_to_none=True)
     peak = peak_memory(device)
-    states = 0 if run.optimizer.state else memory_plan(run)["optimizer"]  # they come with the first step
+    plan = memory_plan(run)
+    update = peak + (0 if run.optimizer.state else plan["optimizer"])  # its states come with the first step
+    rollout = plan["weights"] + plan["reference"] + plan["optimizer"] + plan["rollout"]
     logger.info(
-        f"it took {time.perf_counter() - started:.1f} s; with the optimizer's states a step needs about "
-        f"{(peak + states) / 2**30:.1f} GiB at its peak"
+        f"it took {time.perf_counter() - started:.1f} s; at its peak the update needs about {update / 2**30:.1f} GiB, "
+        f"the rollout by estimate {rollout / 2**30:.1f} GiB"
     )
-    if device.type == "cuda" and peak + states > torch.cuda.get_device_properties(device).total_memory:
+    if device.type == "cuda" and update > torch.cuda.get_device_properties(device).total_memory:
         logger.warning(
             "that is more than the device has; set training.memory_efficient_adamw: true with training.offload: true, "
             "or lower training.max_tokens_per_microbatch"

@@ -80,7 +80,12 @@ def test_the_longest_microbatch_is_tried_before_the_first_step_and_cut_smaller_i
     assert tried[0] == 2 * (60 + 4 * 24) and tried[1] <= tried[0] // 2
     assert max(tried[1:]) <= 250
     log = next(tmp_path.glob("runs/*/training.log")).read_text(encoding="utf-8")
-    order = ["trying the longest micro-batch: 312", "done again with", "a step needs about", "evaluating 4 problems"]
+    order = [
+        "trying the longest micro-batch: 312",
+        "done again with",
+        "the update needs about",
+        "evaluating 4 problems",
+    ]
     places = [log.index(part) for part in order]
     assert places == sorted(places)
 
