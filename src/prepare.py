@@ -32,8 +32,8 @@ from src.penalties import PENALTIES
 from src.reference import StreamedReference
 from src.rewards import Rewards
 from src.rl_datasets import Problem, get_task, load_eval_rows, load_train_rows, make_problems
-from src.sampler import free_memory
 from src.sharding import shard
+from src.telemetry import free_memory
 
 logger = logging.getLogger("grpo")
 

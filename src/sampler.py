@@ -10,7 +10,6 @@ Not here: paged caches, speculative decoding.
 
 import logging
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -25,6 +24,7 @@ from src.packing import Episode, Group, PackedAttention
 from src.profiling import phase
 from src.rl_datasets import Problem
 from src.scoring import head_logits
+from src.telemetry import free_memory
 from src.token_choice import SamplingSettings, choose_tokens, episode_key
 
 logger = logging.getLogger("grpo")
@@ -57,18 +57,6 @@ def cache_shape(model) -> tuple[int, int, int]:
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but free
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
 def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
