@@ -18,12 +18,10 @@ def result_of(*command: str) -> dict:
     return json.loads(output.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_packed_and_the_padded_update_have_the_same_gradient(dtype):
-    result = result_of("benchmarks.update", "--shape", "tiny", "--quick", "--dtype", dtype)
+def test_the_packed_and_the_padded_update_have_the_same_gradient():
+    result = result_of("benchmarks.update", "--shape", "tiny", "--quick", "--dtype", "float32")
     assert set(result["median"]) == {"ours", "padded"} and result["ours_over_padded"] > 0
-    tolerance = {"float32": 1e-4, "bfloat16": 0.03}[dtype]
-    assert result["grad_norm"]["ours"] == pytest.approx(result["grad_norm"]["padded"], rel=tolerance)
+    assert result["grad_norm"]["ours"] == pytest.approx(result["grad_norm"]["padded"], rel=1e-4)
     assert result["grad_norm"]["ours"] > 0.01
 
 
