@@ -301,6 +301,18 @@ def mismatch(model, problems) -> dict[str, float]:
     return {"mean": float(difference.mean()), "max": float(difference.max())}
 
 
+def machine() -> dict:
+    """What a figure depends on beside the options."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m", help=f"{', '.join(SHAPES)}, or a model's path")
@@ -333,14 +345,9 @@ def main() -> None:
         ids = torch.randint(2, vocabulary, (length,), generator=generator).tolist()
         problems.append(Problem(index, tuple(ids), "", {}))
     rows = options.prompts * options.samples
-    device = models[0].device
     result = {
         "options": vars(options),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine(),
         "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
         "skipped": {name: "by --skip" for name in options.skip},
     }

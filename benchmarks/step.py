@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,12 +31,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.rollout import SHAPES
+from benchmarks.rollout import SHAPES, machine
 from src.config import Config, DataConfig, ModelConfig, TrainingConfig
 from src.maxent import Controllers, ControllerSettings
 from src.models import compile_layers, load_model
-from src.optim import build_optimizer
-from src.prepare import Run, load_anchor
+from src.prepare import Run, load_anchor, optimizer_of
 from src.rewards import Rewards
 from src.rl_datasets import Problem
 from src.telemetry import peak_memory
@@ -113,17 +111,7 @@ def make_run(folder: Path, options) -> Run:
     task = BenchmarkTask()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     settings = config.training
-    optimizer = build_optimizer(
-        list(model.parameters()),
-        learning_rate=settings.learning_rate,
-        betas=tuple(settings.betas),
-        eps=settings.adam_eps,
-        weight_decay=settings.weight_decay,
-        memory_efficient=settings.memory_efficient_adamw,
-        master_bits=settings.master_bits,
-        state_bits=settings.state_bits,
-        offload=settings.offload,
-    )
+    optimizer = optimizer_of(model, settings)
     return Run(config, task, Rewards(task, config.data), tokenizer, problems, problems, model, anchor, optimizer,
                Controllers(settings.tau, settings.beta, ControllerSettings()), 10**6, ())  # fmt: skip
 
@@ -250,18 +238,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     if options.quick:
         options.repetitions, options.new_tokens, options.prompt_tokens = 1, min(options.new_tokens, 12), 20
     return options
-
-
-def machine() -> dict:
-    """What a figure depends on beside the options."""
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def run_alone(name: str, folder: Path, options) -> dict:

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.step import machine, make_model, make_run, parse_arguments, synchronize
+from benchmarks.rollout import machine
+from benchmarks.step import make_model, make_run, parse_arguments, synchronize
 from src import scoring, train_grpo
 from src.packing import ATTENTION_NAME, Episode, Group, pack
 from src.prepare import Run

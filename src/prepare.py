@@ -146,6 +146,21 @@ def load_anchor(config: Config, device: torch.device):
     return shard(anchor, device) if world() > 1 and training.parallel == "shard" else anchor
 
 
+def optimizer_of(model, training: TrainingConfig) -> torch.optim.Optimizer:
+    """For what is trained of the model: everything, or the adapter."""
+    return build_optimizer(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        learning_rate=training.learning_rate,
+        betas=tuple(training.betas),
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        memory_efficient=training.memory_efficient_adamw,
+        master_bits=training.master_bits,
+        state_bits=training.state_bits,
+        offload=training.offload,
+    )
+
+
 def check_enough(config: Config, train_problems: list[Problem] | None) -> None:
     """A step must not hold a problem twice."""
     questions = config.training.num_questions_per_batch
@@ -220,17 +235,7 @@ def prepare(config: Config, dataset_name: str, for_training: bool = True) -> Run
     anchor = optimizer = None
     if for_training:
         anchor = FrozenBase(model) if is_lora(config) else load_anchor(config, device)
-        optimizer = build_optimizer(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            learning_rate=training.learning_rate,
-            betas=tuple(training.betas),
-            eps=training.adam_eps,
-            weight_decay=training.weight_decay,
-            memory_efficient=training.memory_efficient_adamw,
-            master_bits=training.master_bits,
-            state_bits=training.state_bits,
-            offload=training.offload,
-        )
+        optimizer = optimizer_of(model, training)
     per_epoch = len(train_problems) // training.num_questions_per_batch
     max_steps = training.max_steps or per_epoch * training.num_epochs
     left_out = (len(train_rows) - len(train_problems), len(eval_rows) - len(eval_problems))

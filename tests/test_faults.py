@@ -90,6 +90,17 @@ def test_the_longest_microbatch_is_tried_before_the_first_step_and_cut_smaller_i
     assert places == sorted(places)
 
 
+def test_the_largest_groups_of_an_update_come_first(memory_for):
+    run = prepare(config_with("training.loss_type=listwise_kl", "training.max_tokens_per_microbatch=1"), "countdown")
+    groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
+    groups.sort(key=lambda group: group.tokens())  # the wrong way round
+    sizes = [group.tokens() for group in groups]
+    assert sizes[0] < sizes[-1]
+    tried = memory_for(10**9)
+    update(run, groups, 1)
+    assert tried == sorted(sizes, reverse=True)
+
+
 def test_the_trial_before_the_first_step_leaves_no_trace():
     run = prepare(config_with("training.entropy_coef=0.1", "training.max_tokens_per_microbatch=320"), "countdown")
     before = {name: value.clone() for name, value in run.model.state_dict().items()}

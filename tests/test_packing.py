@@ -317,6 +317,14 @@ def test_what_the_attention_cannot_do_is_refused_by_name():
         score(model, pack(make_groups(torch.Generator().manual_seed(1), RAGGED), "cpu", torch.float32), 1.0)
 
 
+def score_and_saved(model, groups):
+    """Scores, and how many elements autograd keeps for the backward pass."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        scores = score(model, pack(groups, "cpu", torch.float32), 1.0)
+    return scores, sum(sizes)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_gradient_checkpointing_changes_no_gradient_and_does_compute_again(name):
     groups = make_groups(torch.Generator().manual_seed(1), RAGGED)
@@ -326,12 +334,8 @@ def test_gradient_checkpointing_changes_no_gradient_and_does_compute_again(name)
         if checkpointing:
             packed.gradient_checkpointing_enable({"use_reentrant": False})
             packed.train()
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
-        ):
-            scores = score(packed, pack(groups, "cpu", torch.float32), 1.0)
-        saved.append(sum(sizes))
+        scores, elements = score_and_saved(packed, groups)
+        saved.append(elements)
         scores.logprobs.sum().backward()
         gradients.append([p.grad for p in packed.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -344,12 +348,9 @@ def test_every_second_layer_can_be_computed_again_and_the_others_kept(tiny_model
     kept, gradients = [], []
     for keys in ({}, {"gradient_checkpointing": True, "checkpoint_every": 2}, {"gradient_checkpointing": True}):
         config = Config(ModelConfig(pretrained_model_path=str(tiny_model_folder), dtype="float32", **keys))
-        model, sizes = load_model(config, torch.device("cpu")), []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
-        ):
-            scores = score(model, pack(groups, "cpu", torch.float32), 1.0)
-        kept.append(sum(sizes))
+        model = load_model(config, torch.device("cpu"))
+        scores, elements = score_and_saved(model, groups)
+        kept.append(elements)
         scores.logprobs.sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2]
