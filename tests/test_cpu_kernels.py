@@ -102,9 +102,10 @@ def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_mo
         assert all("forward" in vars(layer) for layer in layers)
         with patch.object(torch.ops.mkldnn, "_linear_pointwise", lambda *a: (calls.append(1), original(*a))[1]):
             together = [layer(hidden) for layer in siblings]
+            attention.q_proj(hidden)
             other = attention.k_proj(hidden + 1)  # another tensor: not the part of the first
     with torch.no_grad():
-        assert len(calls) == 2
+        assert len(calls) == 3
         for layer, part in zip(siblings, together, strict=True):
             torch.testing.assert_close(part, layer(hidden), atol=0.01, rtol=0.01)
         torch.testing.assert_close(other, attention.k_proj(hidden + 1), atol=0.01, rtol=0.01)

@@ -91,7 +91,12 @@ def test_the_longest_microbatch_is_tried_before_the_first_step_and_cut_smaller_i
 
 
 def test_the_largest_groups_of_an_update_come_first(memory_for):
-    run = prepare(config_with("training.loss_type=listwise_kl", "training.max_tokens_per_microbatch=1"), "countdown")
+    run = prepare(
+        config_with(
+            "training.loss_type=listwise_kl", "training.max_tokens_per_microbatch=1", "training.entropy_coef=0.1"
+        ),
+        "countdown",
+    )
     groups = train_grpo.add_advantages(sample(run, questions_of_step(run, 1), 4, 1.0, 1), run.config.training)
     groups.sort(key=lambda group: group.tokens())  # the wrong way round
     sizes = [group.tokens() for group in groups]
