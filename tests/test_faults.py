@@ -93,7 +93,10 @@ def test_the_longest_microbatch_is_tried_before_the_first_step_and_cut_smaller_i
 def test_the_largest_groups_of_an_update_come_first(memory_for):
     run = prepare(
         config_with(
-            "training.loss_type=listwise_kl", "training.max_tokens_per_microbatch=1", "training.entropy_coef=0.1"
+            "training.loss_type=listwise_kl",
+            "training.max_tokens_per_microbatch=1",
+            "training.entropy_coef=0.1",
+            "training.minibatches=1",  # one update with all groups of the step
         ),
         "countdown",
     )
