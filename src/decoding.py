@@ -13,13 +13,14 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 logger = logging.getLogger("grpo")
 
 GRAPHS_ON = ("cuda",)  # device types whose steps are captured; elsewhere capturing does nothing (the tests do that)
 WIDTH_STEP = 256  # the width of a captured step is a multiple of this
-FEW = 2  # live completions a prompt, from which a CPU joins them: at 1 to 2 the attention is 15 to 35% faster
+FEW = 2  # live completions a prompt, from which a CPU joins them: the attention of so few is two to three times as fast
 
 
 def uses_graphs(device: torch.device) -> bool:
@@ -27,9 +28,9 @@ def uses_graphs(device: torch.device) -> bool:
     return device.type in GRAPHS_ON
 
 
-def as_mask(hidden: Tensor) -> Tensor:
+def as_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """hidden [rows, width] -> [rows, 1, 1, width], -inf where it is true."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+    return torch.zeros(hidden.shape, device=hidden.device, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
 class SlotCache:
@@ -45,7 +46,7 @@ class SlotCache:
         self.capacity = width
         self.width = 0  # places that a step reads
         self.reach = 0  # places that have ever been read or written
-        self.device = self.prompt_keys.device
+        self.device, self.dtype = self.prompt_keys.device, self.prompt_keys.dtype
         # bf16 products on a CPU copy a key matrix that is a slice, transposed and slowly: copy it in order before
         self.dense_keys = self.device.type == "cpu" and self.prompt_keys.dtype == torch.bfloat16
 
@@ -98,7 +99,7 @@ class GroupedAttention(SlotCache):
         self.prompt_mask = None
         if (of_prompts != width).any():
             hidden = np.arange(width)[None] >= of_prompts[:, None]  # [A, P]
-            self.prompt_mask = as_mask(torch.from_numpy(hidden).to(self.device))
+            self.prompt_mask = as_mask(torch.from_numpy(hidden).to(self.device), self.dtype)
 
     def begin_block(self, steps: int) -> None:
         """The width grows with every step."""
@@ -111,7 +112,8 @@ class GroupedAttention(SlotCache):
         self.slots = torch.arange(len(lengths), device=self.device)
         self.own_mask = None
         if not self.uniform:
-            self.own_mask = as_mask(torch.arange(self.width, device=self.device)[None] > self.lengths[:, None])
+            hidden = torch.arange(self.width, device=self.device)[None] > self.lengths[:, None]  # [n, T]
+            self.own_mask = as_mask(hidden, self.dtype)
 
     def to_table(self, x: Tensor) -> Tensor:
         """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
@@ -135,10 +137,10 @@ class GroupedAttention(SlotCache):
         of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
         own = query @ keys.transpose(-1, -2)  # [n, Hkv, R, T]
         if self.prompt_mask is not None:
-            of_prompt = of_prompt + self.prompt_mask
+            of_prompt += self.prompt_mask
         if self.own_mask is not None:
-            own = own + self.own_mask
-        weights = torch.cat([self.from_table(of_prompt), own], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
+            own += self.own_mask
+        weights = torch.cat([self.from_table(of_prompt), own], dim=-1).softmax(-1)  # computed in fp32, also from bf16
         of_prompt, own = weights.split([of_prompt.shape[-1], own.shape[-1]], dim=-1)
         output = own @ values + self.from_table(self.to_table(of_prompt) @ self.live_values[layer])  # [n, Hkv, R, D]
         return output.flatten(1, 2)[:, None]
@@ -175,7 +177,8 @@ class JoinedAttention(SlotCache):
         """positions [n]: tokens already in the cache, the prompt's included; this step's goes to that place."""
         self.places = positions.clamp(max=self.width - 1)  # a slot that ended keeps overwriting the last place
         self.slots = torch.arange(len(positions), device=self.device)
-        self.mask = as_mask(torch.arange(self.width, device=self.device)[None] > self.places[:, None])  # [n, 1, 1, T]
+        hidden = torch.arange(self.width, device=self.device)[None] > self.places[:, None]  # [n, T]
+        self.mask = as_mask(hidden, self.dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
@@ -183,10 +186,8 @@ class JoinedAttention(SlotCache):
         place = (self.slots, slice(None), self.places)
         self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
         keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
-        keys = keys.contiguous() if self.dense_keys else keys
-        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
-        scores = query @ keys.transpose(-1, -2) + self.mask  # [n, Hkv, R, T]
-        output = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values  # [n, Hkv, R, D]
+        query = query.reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
+        output = scaled_dot_product_attention(query, keys, values, self.mask, scale=scaling)  # [n, Hkv, R, D]
         return output.flatten(1, 2)[:, None]
 
 
