@@ -111,13 +111,13 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [S] and their log-probs [S], NaN where logits are not finite; fp32 logits [S, V] are overwritten."""
+    """Token ids [S] and their log-probs [S], NaN where logits are not finite; fp32 logits [S, V] may be overwritten."""
     if settings.temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
     if settings.temperature != 1:
         logits.div_(settings.temperature)
     logits = truncate(logits, settings)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # [S, V] the likeliest is 1
+    weights = logits.softmax(-1)  # [S, V] over a large vocabulary their sum is 1 only to some 1e-6
     tokens = draw(weights, uniforms(keys, positions)[:, None])  # [S, 1]
     return tokens[:, 0], (weights.gather(1, tokens) / weights.sum(-1, keepdim=True)).log()[:, 0]
