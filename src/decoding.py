@@ -64,8 +64,8 @@ class SlotCache:
 class GroupedAttention(SlotCache):
     """Attention of one decode step: each slot's query against its prompt's keys and its own.
 
-    `table` [A, M] lists the slots of each live prompt (padded with slot 0), so that a prompt's keys are multiplied once
-    with the queries of all of its completions.
+    The slots of each of the A live prompts are gathered, up to M of them and slot 0 in the places left over, so that a
+    prompt's keys are multiplied once with the queries of all of its completions.
     """
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
@@ -77,17 +77,16 @@ class GroupedAttention(SlotCache):
         self.width = int(lengths[~ended].max())
         self.uniform = len(np.unique(lengths[~ended])) == 1  # all live slots have the same own length
         prompts, member, counts = np.unique(prompt_rows, return_inverse=True, return_counts=True)
-        most = int(counts.max())
+        self.live, self.most, heads = len(prompts), int(counts.max()), self.prompt_keys.shape[2]
         order = np.argsort(member, kind="stable")  # slots, prompt by prompt
-        rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = member[order] * most + rank  # each slot's place in the flat table
-        table = np.zeros(len(prompts) * most, dtype=np.int64)
-        table[place] = np.arange(len(place))
-        self.live, self.most = len(prompts), most
-        dense = len(table) == len(place) and (place == np.arange(len(place))).all()
-        self.table = None if dense else torch.from_numpy(table).to(self.device)  # [A * M]
-        self.place = None if dense else torch.from_numpy(place).to(self.device)  # [n]
+        rank = np.empty_like(order)  # each slot's place among those of its prompt
+        rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        table = np.zeros((len(prompts), self.most), dtype=np.int64)
+        table[member, rank] = np.arange(len(order))  # [A, M]
+        head = np.arange(heads)
+        to_table = table[:, None] * heads + head[None, :, None]  # [A, Hkv, M]
+        from_table = (member[:, None] * heads + head) * self.most + rank[:, None]  # [n, Hkv]
+        self.to_table, self.from_table = (torch.from_numpy(x.ravel()).to(self.device) for x in (to_table, from_table))
         of_prompts = self.prompt_lengths[prompts]
         width = int(of_prompts.max())
         all_of_them = len(prompts) == self.prompt_keys.shape[1]
@@ -96,10 +95,9 @@ class GroupedAttention(SlotCache):
             (part if all_of_them else part.index_select(1, chosen))[..., :width, :].contiguous()
             for part in (self.prompt_keys, self.prompt_values)
         )  # [layers, A, Hkv, P, D]
-        self.prompt_mask = None
-        if (of_prompts != width).any():
-            hidden = np.arange(width)[None] >= of_prompts[:, None]  # [A, P]
-            self.prompt_mask = as_mask(torch.from_numpy(hidden).to(self.device), self.dtype)
+        hidden = np.arange(width)[None] >= self.prompt_lengths[prompt_rows][:, None]  # [n, P]
+        self.ragged = bool(hidden.any())
+        self.prompt_mask = as_mask(torch.from_numpy(hidden).to(self.device), self.dtype)
 
     def begin_block(self, steps: int) -> None:
         """The width grows with every step."""
@@ -110,20 +108,10 @@ class GroupedAttention(SlotCache):
         self.reach = max(self.reach, self.width)
         self.lengths = lengths.clamp(max=self.width - 1)  # a slot that ended keeps overwriting the last place
         self.slots = torch.arange(len(lengths), device=self.device)
-        self.own_mask = None
-        if not self.uniform:
+        self.mask = None
+        if self.ragged or not self.uniform:
             hidden = torch.arange(self.width, device=self.device)[None] > self.lengths[:, None]  # [n, T]
-            self.own_mask = as_mask(hidden, self.dtype)
-
-    def to_table(self, x: Tensor) -> Tensor:
-        """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
-        x = x if self.table is None else x.index_select(0, self.table)
-        return x.unflatten(0, (self.live, self.most)).transpose(1, 2).flatten(2, 3)
-
-    def from_table(self, x: Tensor) -> Tensor:
-        """[A, Hkv, M * R, d] -> [n, Hkv, R, d]."""
-        x = x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.place is None else x.index_select(0, self.place)
+            self.mask = torch.cat([self.prompt_mask, as_mask(hidden, self.dtype)], dim=-1)  # [n, 1, 1, P + T]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
@@ -134,16 +122,25 @@ class GroupedAttention(SlotCache):
         keys, values = self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]  # [n,Hkv,T,D]
         keys = keys.contiguous() if self.dense_keys else keys
         query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
-        of_prompt = self.to_table(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
+        of_prompt = self.by_prompt(query) @ self.live_keys[layer].transpose(-1, -2)  # [A, Hkv, M * R, P]
         own = query @ keys.transpose(-1, -2)  # [n, Hkv, R, T]
-        if self.prompt_mask is not None:
-            of_prompt += self.prompt_mask
-        if self.own_mask is not None:
-            own += self.own_mask
-        weights = torch.cat([self.from_table(of_prompt), own], dim=-1).softmax(-1)  # computed in fp32, also from bf16
-        of_prompt, own = weights.split([of_prompt.shape[-1], own.shape[-1]], dim=-1)
-        output = own @ values + self.from_table(self.to_table(of_prompt) @ self.live_values[layer])  # [n, Hkv, R, D]
+        scores = torch.cat([self.by_slot(of_prompt), own], dim=-1)  # [n, Hkv, R, P + T]
+        if self.mask is not None:
+            scores += self.mask
+        weights = scores.softmax(-1)  # computed in fp32, also from bf16
+        longest = of_prompt.shape[-1]
+        output = weights[..., longest:] @ values  # [n, Hkv, R, D]
+        output += self.by_slot(self.by_prompt(weights)[..., :longest] @ self.live_values[layer])
         return output.flatten(1, 2)[:, None]
+
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """[n, Hkv, R, d] -> [A, Hkv, M * R, d]."""
+        return x.flatten(0, 1).index_select(0, self.to_table).view(self.live, x.shape[1], -1, x.shape[3])
+
+    def by_slot(self, x: Tensor) -> Tensor:
+        """[A, Hkv, M * R, d] -> [n, Hkv, R, d]."""
+        rows = x.reshape(-1, x.shape[2] // self.most, x.shape[3])  # [A * Hkv * M, R, d]
+        return rows.index_select(0, self.from_table).view(-1, x.shape[1], *rows.shape[1:])
 
 
 class JoinedAttention(SlotCache):
