@@ -1,31 +1,24 @@
-"""Attention of a decode step, in two layouts of its key-value cache, and the step as a CUDA graph.
+"""Attention of a decode step, in two layouts of its key-value cache.
 
 GroupedAttention keeps a prompt's keys once for all of its completions. JoinedAttention keeps prompt and completion of a
 slot side by side: more memory, but a few operations, whose shapes are a number of slots and a width and nothing else.
-That is what a CUDA graph needs, and on a CPU it is faster for the last few completions of a prompt.
+That is what a CUDA graph needs (src/cuda_decoding.py), and on a CPU it is faster for the last few completions of a
+prompt.
 """
-
-import logging
-from collections.abc import Callable
-from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-logger = logging.getLogger("grpo")
-
-GRAPHS_ON = ("cuda",)  # device types whose steps are captured; elsewhere capturing does nothing (the tests do that)
-WIDTH_STEP = 256  # the width of a captured step is a multiple of this
 FEW = 2  # live completions a prompt, from which a CPU joins them: the attention of so few is two to three times as fast
 
 
-def uses_graphs(device: torch.device) -> bool:
-    """Whether steps on this device are captured, in the joined layout."""
-    return device.type in GRAPHS_ON
+def cache_shape(model) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size of the model."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 
 
 def as_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,13 +29,16 @@ def as_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 class SlotCache:
     """Keys and values by slot, and those of the prompts [layers, prompts, Hkv, P, D] with their lengths [prompts]."""
 
+    token_major = False  # whether in memory a slot is [width, Hkv, D] and not [Hkv, width, D]
+
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
         self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt
         layers, _, kv_heads, _, head_dim = self.prompt_keys.shape
         # zeros: a place that is masked must still be finite, NaN from old memory would survive the mask
-        self.keys, self.values = (
-            [self.prompt_keys.new_zeros(slots, kv_heads, width, head_dim) for _ in range(layers)] for _ in range(2)
-        )
+        inner = (width, kv_heads) if self.token_major else (kv_heads, width)
+        parts = [[self.prompt_keys.new_zeros(slots, *inner, head_dim) for _ in range(layers)] for _ in range(2)]
+        # each [slots, Hkv, width, D]
+        self.keys, self.values = ([x.transpose(1, 2) if self.token_major else x for x in part] for part in parts)
         self.capacity = width
         self.width = 0  # places that a step reads
         self.reach = 0  # places that have ever been read or written
@@ -146,10 +142,11 @@ class GroupedAttention(SlotCache):
 class JoinedAttention(SlotCache):
     """The same attention with prompt and completion side by side: a token's place in its slot is its position."""
 
+    width_step = 1  # the width is a multiple of it
+
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
         super().__init__(prompt, slots, prompt[0].shape[3] + width)
         self.longest = self.capacity
-        self.width_step = WIDTH_STEP if uses_graphs(self.device) else 1
 
     def start(self, slots: Tensor, prompts: Tensor) -> None:
         """The prompts [s] of the next episodes, and zeros behind them."""
@@ -208,72 +205,3 @@ def join(grouped: GroupedAttention, prompt_rows: np.ndarray, lengths: np.ndarray
             old[layer], new[layer] = torch.empty(0), part
     joined.reach = joined.capacity
     return joined
-
-
-class StepRunner:
-    """Runs a step many times. On CUDA as a graph for each shape, captured when the shape comes up first.
-
-    A graph repeats its kernels on the addresses of its capture: all that a step reads and writes must stay in place,
-    and Python inside the step runs only once. The graphs live as long as the cache they write to, one wave of prompts.
-    """
-
-    works = True  # capturing has not failed yet, in this process
-
-    def __init__(self, device: torch.device):
-        self.has_graphs = uses_graphs(device)
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # by slots and width
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # shared: one runs at a time
-
-    def rows(self, live: int, rows: int) -> int:
-        """How many of `rows` slots to decode when so many are live: few sizes for graphs, else without an eighth."""
-        if not self.has_graphs:
-            return live if live * 8 <= rows * 7 else rows
-        sizes = (size for power in range(live.bit_length() + 1) for size in (2**power, 3 * 2**power // 2))
-        return min(rows, min(size for size in sizes if size >= live))
-
-    def run(self, step: Callable[[], None], shape: tuple[int, int], times: int) -> None:
-        """So many steps with this number of slots and this width."""
-        if self.has_graphs and shape not in self.graphs:
-            step()  # loads the kernels, which a capture cannot, and counts as any other
-            times -= 1
-            self.graphs[shape] = self.capture(step)
-        graph = self.graphs.get(shape)
-        for _ in range(times):
-            step() if graph is None else graph.replay()
-
-    def capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """The graph of a step, which is not run; None where there are no graphs."""
-        if self.pool is None or not StepRunner.works or is_in_torch_dispatch_mode():  # --profile counts operations
-            return None
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads (NCCL's watchdog) may talk to the device meanwhile
-            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(), "thread_local"):
-                step()
-        except RuntimeError as error:
-            StepRunner.works = False
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            logger.warning(f"decoding without CUDA graphs, which is slower: a step could not be captured ({reason})")
-            return None
-        return graph
-
-
-@cache
-def stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all rollouts: memory that is freed on a stream serves only that stream again."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def own_stream(device: torch.device):
-    """Graphs are not captured on the default stream. What comes before and after waits for what is inside."""
-    if device.type != "cuda":
-        yield
-        return
-    stream, outside = stream_of(device), torch.cuda.current_stream(device)
-    stream.wait_stream(outside)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        outside.wait_stream(stream)

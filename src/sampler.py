@@ -2,7 +2,7 @@
 
 Every prompt is prefilled once. Completions then decode together in slots of a preallocated key-value cache; a finished
 one gives its slot to the next waiting one, and when none waits the live ones move together, so that the dead are not
-decoded. src/decoding.py has the cache in two layouts, and on a GPU the step as a CUDA graph.
+decoded. src/decoding.py has the cache in two layouts; on a GPU a step is a CUDA graph (src/cuda_decoding.py).
 A completion does not depend on its neighbours, on its slot or on how many slots there are (src/token_choice.py). The
 model's own generation_config is not read, but for the end tokens.
 Not here: paged caches, speculative decoding.
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from src.config import ConfigError
 from src.cpu_weights import in_order_of_the_processor
-from src.decoding import FEW, GroupedAttention, JoinedAttention, StepRunner, join, own_stream, uses_graphs
+from src.cuda_decoding import StepRunner, layout_for, own_stream, uses_graphs
+from src.decoding import FEW, GroupedAttention, JoinedAttention, cache_shape, join
 from src.packing import Episode, Group, PackedAttention
 from src.profiling import phase
 from src.rl_datasets import Problem
@@ -50,13 +51,6 @@ class PromptCache(PackedAttention):
         self.keys[layer][self.rows, :, self.places] = key[0].transpose(0, 1)  # [tokens, Hkv, D]
         self.values[layer][self.rows, :, self.places] = value[0].transpose(0, 1)
         return super().attend(layer, query, key, value, scaling)
-
-
-def cache_shape(model) -> tuple[int, int, int]:
-    """Layers, key-value heads and head size of the model."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 
 
 def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
@@ -124,8 +118,9 @@ class SlotDecoder:
         device = model.device
         self.total = total = len(problems) * samples
         self.rows = min(slots, total)  # the slots that are decoded, the first of them all
-        layout = JoinedAttention if uses_graphs(device) else GroupedAttention
-        self.attention: GroupedAttention | JoinedAttention = layout(prompt, self.rows, settings.max_new_tokens)
+        self.attention: GroupedAttention | JoinedAttention = layout_for(model)(
+            prompt, self.rows, settings.max_new_tokens
+        )
         self.runner = StepRunner(device)
         episode_keys = [
             episode_key(settings.seed, settings.stream, problem.index, sample + attempt * samples)

@@ -16,9 +16,10 @@ from test_sampler import EOS, TOKENIZER, make_prompts, settings, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import src.decoding
+import src.cuda_decoding
 import src.sampler
-from src.decoding import GroupedAttention, JoinedAttention, StepRunner
+from src.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
+from src.decoding import GroupedAttention, JoinedAttention
 from src.packing import pack
 from src.sampler import SlotDecoder, cache_bytes, fit_to_memory, rollout
 from src.scoring import score
@@ -70,18 +71,44 @@ def record(runner: StepRunner, step) -> Recording:
     return recording
 
 
-@pytest.fixture(params=["captured", "joined for the last"])
+def flash_stand_in(query, keys, values, offsets, used, longest, scaling):
+    """What the operator of a GPU computes, as its documentation has it."""
+    assert {x.dtype for x in (*offsets, used)} == {torch.int32} and len(offsets[0]) == len(offsets[1]) == len(used) + 1
+    query = query[offsets[0][:-1]]
+    places = offsets[1][:-1, None] + torch.arange(longest)  # [n, longest]
+    repeat = query.shape[1] // keys.shape[1]
+    keys, values = (part[places].repeat_interleave(repeat, 2) for part in (keys, values))  # [n, longest, H, D]
+    scores = torch.einsum("nhd,nthd->nht", query, keys) * scaling
+    hidden = torch.arange(longest) >= used[:, None]
+    weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    # what lies behind is not read: NaN there does not matter
+    return torch.einsum("nht,nthd->nhd", weights, values.masked_fill(hidden[:, :, None, None], 0))
+
+
+@pytest.fixture
+def flash_on_cpu(monkeypatch):
+    """Flash attention where the tests run, in fp32, by the stand-in. What was tried before is forgotten."""
+    monkeypatch.setattr(src.cuda_decoding, "HALF", (torch.float32,))
+    monkeypatch.setattr(src.cuda_decoding, "flash", flash_stand_in)
+    flash_works.cache_clear()
+    yield
+    flash_works.cache_clear()
+
+
+@pytest.fixture(params=["captured", "captured, flash", "joined for the last"])
 def mode(request, monkeypatch):
     """Another way to decode, and a function that goes back to the grouped layout."""
     monkeypatch.setattr(src.sampler, "FEW", 0)
+    if request.param == "captured, flash":
+        request.getfixturevalue("flash_on_cpu")
 
     def switch_on():
-        if request.param == "captured":
-            monkeypatch.setattr(src.decoding, "GRAPHS_ON", ("cpu",))
-            monkeypatch.setattr(src.decoding, "WIDTH_STEP", 8)
-            monkeypatch.setattr(StepRunner, "capture", record)
-        else:
+        if request.param == "joined for the last":
             monkeypatch.setattr(src.sampler, "FEW", 1000)
+        else:
+            monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
+            monkeypatch.setattr(PaddedAttention, "width_step", 8)
+            monkeypatch.setattr(StepRunner, "capture", record)
 
     switch_on.name = request.param
     return switch_on
@@ -157,15 +184,17 @@ def test_the_modes_above_do_what_they_are_called(mode, monkeypatch):
     packed, _ = make_pair("llama")
     joins, steps = count_calls(monkeypatch, src.sampler, "join"), count_calls(monkeypatch, SlotDecoder, "step")
     replays = count_calls(monkeypatch, Recording, "replay")
+    layouts = {kind: count_calls(monkeypatch, kind, "arrange") for kind in (PaddedAttention, FlashAttention)}
     rollout(packed, TOKENIZER, make_prompts(), 4, settings(7))
     assert not joins and not replays
     steps.clear()
     mode()
     rollout(packed, TOKENIZER, make_prompts(), 4, settings(7))
-    if mode.name == "captured":
-        assert not joins and len(replays) > len(steps) > 10  # a shape's first step, and its capture
-    else:
+    if mode.name == "joined for the last":
         assert len(joins) == 1 and not replays
+    else:
+        assert not joins and len(replays) > len(steps)  # a shape's first step, and its capture
+        assert len(layouts[FlashAttention]) > 1 if "flash" in mode.name else not layouts[FlashAttention]
 
 
 def test_a_captured_step_sees_new_weights(monkeypatch, mode):
@@ -184,7 +213,7 @@ def test_a_captured_step_sees_new_weights(monkeypatch, mode):
 def test_there_are_few_sizes_of_captured_steps(monkeypatch):
     eager = StepRunner(torch.device("cpu"))
     assert [eager.rows(live, 64) for live in (64, 57, 56, 1)] == [64, 64, 56, 1]
-    monkeypatch.setattr(src.decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
     runner = StepRunner(torch.device("cpu"))
     assert sorted({runner.rows(live, 50) for live in range(1, 51)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 50]
     for live in range(1, 301):
@@ -193,7 +222,7 @@ def test_there_are_few_sizes_of_captured_steps(monkeypatch):
 
 def test_a_capture_that_fails_is_told_once_and_the_steps_run(monkeypatch, caplog):
     """torch without CUDA cannot make a graph, which is a RuntimeError as any other."""
-    monkeypatch.setattr(src.decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
     monkeypatch.setattr(StepRunner, "works", True)
     steps = []
     for _ in range(2):
@@ -206,8 +235,43 @@ def test_a_capture_that_fails_is_told_once_and_the_steps_run(monkeypatch, caplog
     assert [record.message.split(",")[0] for record in caplog.records] == ["decoding without CUDA graphs"]
 
 
-@pytest.mark.parametrize("layout", [GroupedAttention, JoinedAttention])
-def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(layout):
+@pytest.mark.parametrize(
+    "broken", ["", "a key short", "NaN", "an error", "another signature"], ids=lambda broken: broken or "works"
+)
+def test_flash_attention_decodes_where_its_trial_succeeds(monkeypatch, flash_on_cpu, caplog, broken):
+    packed, _ = make_pair("qwen2")
+
+    def flash(query, keys, values, offsets, used, longest, scaling):
+        if broken == "an error":
+            raise RuntimeError("no kernel for this device\nin many lines")
+        if broken == "another signature":
+            raise TypeError("unexpected keyword")
+        used = used - 1 if broken == "a key short" else used
+        output = flash_stand_in(query, keys, values, offsets, used, longest, scaling)
+        return output * torch.nan if broken == "NaN" else output
+
+    monkeypatch.setattr(src.cuda_decoding, "flash", flash)
+    assert layout_for(packed) is GroupedAttention
+    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
+    with caplog.at_level(logging.WARNING, "grpo"):
+        layouts = {layout_for(packed) for _ in range(3)}
+    assert layouts == {PaddedAttention if broken else FlashAttention}
+    assert len(caplog.records) == bool(broken) and "many lines" not in caplog.text
+    monkeypatch.setattr(src.cuda_decoding, "HALF", (torch.bfloat16,))
+    assert layout_for(packed) is PaddedAttention  # the kernel has no fp32: that is not worth a warning
+    assert len(caplog.records) == bool(broken)
+
+
+def test_without_a_gpu_the_trial_of_the_real_operator_fails_and_says_so(caplog):
+    flash_works.cache_clear()
+    with caplog.at_level(logging.WARNING, "grpo"):
+        assert not flash_works(torch.device("cpu"), torch.bfloat16, 4, 2, 16)
+    assert "decoding without flash attention" in caplog.text
+    flash_works.cache_clear()
+
+
+@pytest.mark.parametrize("layout", [GroupedAttention, JoinedAttention, PaddedAttention, FlashAttention])
+def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(flash_on_cpu, layout):
     """It may lie further back than the others are, and come into sight of the newcomer many steps later."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randn(1, 1, 1, 3, 4, generator=generator)
@@ -245,7 +309,7 @@ def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(layout
 @pytest.mark.parametrize("graphs", [(), ("cpu",)])
 def test_the_caches_take_what_was_reckoned_and_are_freed_at_once(monkeypatch, graphs):
     packed, _ = make_pair("llama")
-    monkeypatch.setattr(src.decoding, "GRAPHS_ON", graphs)
+    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", graphs)
     problems = make_prompts((9, 14, 3))
     slot, prompt = cache_bytes(packed, 14, 24)
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import torch
 from test_packing import RAGGED, make_groups, make_pair
 from test_sampler import TOKENIZER, make_prompts, settings, tokens_of
 
-from src import decoding, scoring
+from src import cuda_decoding, scoring
 from src.packing import pack
 from src.sampler import rollout
 from src.scoring import score
@@ -26,13 +26,26 @@ def test_captured_steps_sample_the_tokens_of_eager_ones(name, slots, caplog):
     model = make_pair(name)[0].cuda()
     results = []
     for on in ((), ("cuda",)):
-        with patch.object(decoding, "GRAPHS_ON", on):
+        with patch.object(cuda_decoding, "GRAPHS_ON", on):
             groups = rollout(model, TOKENIZER, make_prompts(), 7, replace(settings(slots), temperature=0.9))
         results.append((tokens_of(groups), [e.logprobs for group in groups for e in group.episodes]))
-    assert decoding.StepRunner.works, caplog.text
+    assert cuda_decoding.StepRunner.works, caplog.text
     assert results[0][0] == results[1][0]
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("slots", [64, 5])
+def test_flash_attention_decodes_in_bf16_and_the_trainer_agrees(name, slots, caplog):
+    cuda_decoding.flash_works.cache_clear()
+    model = make_pair(name)[0].to("cuda", torch.bfloat16)
+    assert cuda_decoding.layout_for(model) is cuda_decoding.FlashAttention, caplog.text
+    groups = rollout(model, TOKENIZER, make_prompts(), 7, settings(slots))
+    assert cuda_decoding.StepRunner.works, caplog.text
+    batch = pack(groups, model.device, model.dtype)
+    difference = (score(model, batch, 1.0).logprobs - batch.sampled_logprobs).abs()
+    assert difference.mean() < 0.02 and difference.max() < 0.3
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "granite"])
