@@ -94,16 +94,20 @@ def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_mo
     layers = [module for module in bf16_model.modules() if isinstance(module, torch.nn.Linear)]
     assert {id(layer) for group in gathered(bf16_model) for layer in group} == {id(layer) for layer in layers}
     calls = []
-    original = torch.ops.mkldnn._linear_pointwise
+    operator = torch.ops.mkldnn._linear_pointwise
+    original = operator.default
     hidden = torch.randn(3, 1, 32).bfloat16()
     attention = bf16_model.get_decoder().layers[0].self_attn
     siblings = [attention.q_proj, attention.k_proj, attention.v_proj]
-    with torch.inference_mode(), in_order_of_the_processor(bf16_model, 4, 1e12):
+    with (
+        torch.inference_mode(),
+        patch.object(operator, "default", lambda *a: (calls.append(1), original(*a))[1]),
+        in_order_of_the_processor(bf16_model, 4, 1e12),
+    ):
         assert all("forward" in vars(layer) for layer in layers)
-        with patch.object(torch.ops.mkldnn, "_linear_pointwise", lambda *a: (calls.append(1), original(*a))[1]):
-            together = [layer(hidden) for layer in siblings]
-            attention.q_proj(hidden)
-            other = attention.k_proj(hidden + 1)  # another tensor: not the part of the first
+        together = [layer(hidden) for layer in siblings]
+        attention.q_proj(hidden)
+        other = attention.k_proj(hidden + 1)  # another tensor: not the part of the first
     with torch.no_grad():
         assert len(calls) == 3
         for layer, part in zip(siblings, together, strict=True):
