@@ -7,7 +7,7 @@ import os
 # those that have work: steps of the tiny model took up to 53 s that way. A short spin is as fast where the machine is
 # idle, and where it is not costs no more than sleeping at once (benchmarks/RESULTS.md).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "6000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # glibc returns every large block to the system when it is freed. A step frees and takes the same blocks thousands of
 # times, and each time the system clears their pages again: a quarter of an update's time (benchmarks/RESULTS.md).

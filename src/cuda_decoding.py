@@ -28,6 +28,17 @@ class PaddedAttention(JoinedAttention):
 
     width_step = 256
 
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D].
+
+        By plain products: scaled_dot_product_attention would take cuDNN's kernel here, which plans anew for each shape.
+        """
+        n, kv_heads = key.shape[:2]
+        keys, values = self.store(layer, key, value)
+        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
+        weights = (query @ keys.transpose(-1, -2) + self.mask).softmax(-1, dtype=torch.float32).to(values.dtype)
+        return (weights @ values).flatten(1, 2)[:, None]
+
 
 def flash(query: Tensor, keys: Tensor, values: Tensor, offsets, used: Tensor, longest: int, scaling: float) -> Tensor:
     """query [n, H, D]; row i reads used[i] of the keys and values [tokens, Hkv, D] from its offset on -> [n, H, D].
@@ -63,8 +74,7 @@ class FlashAttention(JoinedAttention):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
-        place = (self.slots, slice(None), self.places)
-        self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
+        self.store(layer, key, value)
         keys, values = (part[layer].transpose(1, 2).flatten(0, 1) for part in (self.keys, self.values))  # no copy
         query = query[:, :, 0].contiguous()  # [n, H, D]
         return flash(query, keys, values, self.offsets, self.used, self.capacity, scaling)[:, None]

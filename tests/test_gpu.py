@@ -36,11 +36,14 @@ def test_captured_steps_sample_the_tokens_of_eager_ones(name, slots, caplog):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("layout", [cuda_decoding.FlashAttention, cuda_decoding.PaddedAttention])
 @pytest.mark.parametrize("slots", [64, 5])
-def test_flash_attention_decodes_in_bf16_and_the_trainer_agrees(name, slots, caplog):
+def test_both_layouts_decode_in_bf16_and_the_trainer_agrees(name, layout, slots, caplog, monkeypatch):
     cuda_decoding.flash_works.cache_clear()
     model = make_pair(name)[0].to("cuda", torch.bfloat16)
-    assert cuda_decoding.layout_for(model) is cuda_decoding.FlashAttention, caplog.text
+    if layout is cuda_decoding.PaddedAttention:
+        monkeypatch.setattr(cuda_decoding, "HALF", ())
+    assert cuda_decoding.layout_for(model) is layout, caplog.text
     groups = rollout(model, TOKENIZER, make_prompts(), 7, settings(slots))
     assert cuda_decoding.StepRunner.works, caplog.text
     batch = pack(groups, model.device, model.dtype)
