@@ -361,7 +361,7 @@ BENCHMARKS = {  # what makes them short; of those that have no form of a few sec
     "python -m benchmarks.compare_penalties --loss_types none kl approx_kl ot maxent": None,
     "uv run --group benchmarks python -m benchmarks.step --repetitions 3": None,
     "python -m benchmarks.update --repetitions 4": None,
-    "python -m benchmarks.rollout --repetitions 3 --skip generate_batch": "--shape tiny --quick --lengths fixed",
+    "python -m benchmarks.rollout --repetitions 5 --skip generate_batch": "--shape tiny --quick --lengths fixed",
     "python -m benchmarks.rollout --prompts 16 --lengths long_tail": "--shape tiny --quick --skip generate_batch",
     "python -m benchmarks.optimizer": None,
     "python -m benchmarks.kill_storm --kills 50 --seed 3": None,
