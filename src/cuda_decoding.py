@@ -59,7 +59,7 @@ class FlashAttention(JoinedAttention):
     token_major = True
 
     def begin_block(self, steps: int) -> None:
-        """One width for all graphs: what is not used is not read."""
+        """One width for all graphs: what is not used is not read, also not what an ended slot leaves behind `reach`."""
         self.filled += steps
         self.width = self.capacity
         self.reach = max(self.reach, min(self.filled, self.capacity))
