@@ -1,12 +1,14 @@
 """Train a language model with GRPO: python main.py --config configs/... --dataset_name countdown"""
 
 import argparse
+import logging
+import re
 import sys
 
 from src.config import ConfigError, RunError, load_config
-from src.console import configure_console, visible
 from src.rl_datasets import TASKS, get_task
-from src.stop import leave
+from src.run.console import configure_console, progress, visible
+from src.run.stop import leave
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,12 +34,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="override a config key, for example training.learning_rate=1e-5; repeatable",
+        help="override config keys, for example training.learning_rate=1e-5 training.beta=0; repeatable",
     )
+    parser.add_argument("--name", metavar="NAME", help="name of the run (default: that of the config file)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--fresh", action="store_true", help="start over; an old run folder is set aside, not deleted")
     instead.add_argument("--eval_only", action="store_true", help="evaluate the model and write a report; no training")
@@ -51,16 +55,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run_name(name: str | None) -> str:
+    """--name as part of a folder's name."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ConfigError(f"--name {name}: use letters, digits, points, dashes and underscores")
+    return name or ""
+
+
 def main() -> int:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        config.name = run_name(arguments.name)
         get_task(arguments.dataset_name, config.data)
-        from src.distributed import session
-        from src.profiling import run_profile
-        from src.train_grpo import run_check, run_evaluation, run_training  # torch and transformers: seconds to import
-
         configure_console(arguments.log_every, arguments.quiet)
+        logging.getLogger("grpo").info(f"loading {config.model.pretrained_model_path}")
+        progress.report("loading")
+        from src.commands import run_check, run_evaluation, run_profile  # torch and transformers: seconds to import
+        from src.engine import session
+        from src.train_grpo import run_training
+
         with session():
             if arguments.check:
                 run_check(config, arguments.dataset_name)
@@ -72,7 +86,7 @@ def main() -> int:
                 run_training(config, arguments.dataset_name, fresh=arguments.fresh)
     except ConfigError as error:
         # what was found wrong after the file was read (device, model, data) does not say where it was written
-        file = "" if arguments.config in str(error) or str(error).startswith("--set") else f"{arguments.config}: "
+        file = "" if arguments.config in str(error) or str(error).startswith("--") else f"{arguments.config}: "
         print(visible(f"error: {file}{error}"), file=sys.stderr)
         return 2
     except RunError as error:  # a full disk, weights that became NaN: the run stopped, and what is saved is good

@@ -16,6 +16,7 @@ from statistics import mean, stdev
 import torch
 
 from src.config import load_config
+from src.run.reading import read_rows
 from src.train_grpo import run_training
 
 CONFIGS = {
@@ -27,10 +28,6 @@ CONFIGS = {
     "listwise_kl": "config_listwise_kl_t0.1_tiny",
 }
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def summarize(lines: list[dict]) -> dict[str, float]:
@@ -125,7 +122,7 @@ def main() -> None:
             )
             work = Path(arguments.output) / f"seed{seed}"
             run_training(config, "countdown", work)
-            lines = read_metrics(work / "runs" / f"{CONFIGS[name]}_countdown")
+            lines = read_rows(work / "runs" / f"{CONFIGS[name]}_countdown" / "metrics.jsonl")
             results.setdefault(name, []).append(summarize(lines))
             curves.setdefault(name, []).append(lines)
     print(table(results))

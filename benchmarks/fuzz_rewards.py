@@ -5,7 +5,7 @@
 
 A case is an answer near the right one, in tags or a box, then often damaged: tags cut, repeated or nested, digits of
 other scripts, extra numbers, floods of up to 100 kB, random bytes. What earns an answer of 1 is read again by an
-evaluator of this file, which shares no code with src/grading.py; what is right by construction must earn it. Cases have
+evaluator of this file, which shares no code with src/tasks; what is right by construction must earn it. Cases have
 generators of their own, so `make_case(task, seed, index)` repeats one. With --worker_cases only the first answers that
 need math-verify go to its process, and the others count as not graded. The last line of stdout is one JSON document;
 the exit code is 1 if anything failed.
@@ -14,6 +14,7 @@ the exit code is 1 if anything failed.
 import argparse
 import ast
 import json
+import math
 import operator
 import random
 import re
@@ -26,18 +27,22 @@ from fractions import Fraction
 from multiprocessing import get_context
 from unittest.mock import patch
 
-from src import grading
 from src.config import DataConfig
-from src.rl_datasets import Problem, get_task
+from src.records import Episode, Group, Problem
+from src.rl_datasets import get_task
+from src.tasks import Rewards, math_worker, mathematics
 
 TASKS = ("countdown", "gsm8k", "math")
 SLOWEST_MS = 50.0  # of this thread's processor time: other processes take none of it
-SLOWEST_WORKER_MS = 1000 * grading.WORKER_SECONDS + 50  # of the worker's, which counts its own; 50 to notice the end
+SLOWEST_WORKER_MS = (
+    1000 * math_worker.WORKER_SECONDS + 50
+)  # of the worker's, which counts its own; 50 to notice the end
 FLOOD_LENGTH = 100_000
 GRADE_SAMPLE = 400  # cases that also go through Rewards.grade
 SHOWN_FAILURES = 10
 
-UNITS = ("dollars", "apples", "cm", "km/h", "square feet", "hours", "of them", "percent", "quarters", "students", "am")
+UNITS = ("dollars", "apples", "cm", "km/h", "square feet", "hours", "of them", "percent", "quarters", "students", "am",
+         "ft^2", "cm²", "m^3", "square units")  # fmt: skip
 HOSTILE = (
     *("<answer>", "</answer>", "<think>", "</think>", "<answer", "/answer>", "</answer><answer>", "< answer >"),
     *("\\boxed{", "\\fbox{", "\\boxed", "\\boxed {", "\\frac{", "\\frac12", "}{", "{", "}", "\\{", "\\}", "\\", "$"),
@@ -149,10 +154,21 @@ def make_case(task: str, seed: int, index: int) -> Case:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SPELLED = {"*": ("*", "x", " X ", "×", "·", "∙", "⋅", "\\times ", "\\cdot "), "/": ("/", "÷", "\\div "), "-": "-−–"}
+EQUATIONS = ("{0} = {1}", "{1} = {0}", "${0}$", "$ {0} = {1} $.", "\\boxed{{{0}}}", "$\\boxed{{{0} = {1}}}$", "`{0}`",
+             "{0}.", "\\({0}={1}\\)", "\\[{0}\\]", "{0} = \\boxed{{{1}}}", "\\left({0}\\right)", "[{0}] = {1}",
+             "{{{0}}}", "\\{{{0}\\}}", "{1}={0}={1}")  # fmt: skip
+FALSE_EQUATIONS = ("{0} = {2}", "{2} = {0}", "{0} = {1} = {2}", "{0} = {0}", "{1} = {1}", "{0} == {1}", "{0} = {1} + 0",
+                   "{0} = 1{1}", "{0} \\approx {1}", "x = {0}", "--{0}", "- -{0}", "+{0}", "{0}:1", "1 x {0}", "({0}]",
+                   "\\frac{{{0}}}{{1}}", "{0}\\frac12", "{1} \\boxed{{{0}}}", "{0} or {1}", "{0}..",
+                   "{0}, {1}")  # fmt: skip
+
+
 def countdown_answer(generator: random.Random) -> tuple:
-    """An expression in full parentheses that makes the target, or one that is nearly so."""
+    """An expression in full parentheses that makes the target, as models may write it, or one that is nearly so."""
     largest = generator.choice((9, 99, 99, 9999))
     numbers = [generator.randint(0, largest) for _ in range(generator.randint(2, 6))]
+    spelled = generator.random() < 0.5
     terms = [(Fraction(number), str(number)) for number in numbers]
     while len(terms) > 1:
         generator.shuffle(terms)
@@ -160,26 +176,39 @@ def countdown_answer(generator: random.Random) -> tuple:
         symbol = generator.choice("+-*/" if b else "+-*")
         value = {"+": a + b, "-": a - b, "*": a * b, "/": a / (b or 1)}[symbol]
         gap = generator.choice(("", " ", "", "\n", "\t "))
+        if spelled and symbol == "/" and generator.random() < 0.5:
+            terms.append((value, f"\\{generator.choice(('', 'd'))}frac{{{left}}}{gap}{{{right}}}"))
+            continue
+        if spelled and generator.random() < 0.2:  # a sign changes neither product nor what is subtracted
+            left, right, symbol = {"*": (f"-{left}", f"-{right}", "*"), "+": (left, f"-{right}", "-")}.get(
+                symbol, (left, right, symbol)
+            )
+        symbol = generator.choice(SPELLED.get(symbol, symbol)) if spelled else symbol
         terms.append((value, f"({left}{gap}{symbol}{gap}{right})"))
     value, text = terms[0]
     target, right = int(value), value.denominator == 1
     if right and generator.random() < 0.3:
         near = (text.replace("(", "").replace(")", ""), text.replace("*", "+", 1), text.replace("-", "+", 1),
-                str(target), f"{text} = {target}", f"-{text}", f"{text}+0", f"{text}*1", f"+{text}",
-                f"{text}**1", text.replace("/", "//"),
-                text.translate(str.maketrans("0123456789", "０１２３４５６７８９")))  # fmt: skip
+                str(target), f"-{text}", f"{text}+0", f"{text}*1", f"{text}**1", text.replace("/", "//"),
+                text.translate(str.maketrans("0123456789", "０１２３４５６７８９")),
+                *(form.format(text, target, target + 1) for form in FALSE_EQUATIONS))  # fmt: skip
         text, right = generator.choice(near), False
+    elif right and spelled:
+        text = generator.choice(("{0}", *EQUATIONS)).format(text, target)
     elif right:
-        text = generator.choice((text, text[1:-1], f"({text})", re.sub("([0-9]+)", r"0\1", text)))
+        inside = text[1:-1] if text[0] == "(" else text
+        text = generator.choice((text, inside, f"({text})", re.sub("([0-9]+)", r"0\1", text)))
     row = {"nums": numbers, "target": target + generator.choice((0, 0, 0, 0, 1, -1))}
-    return text, f"{numbers[0]}+{numbers[-1]}", right and row["target"] == target, row, row
+    right = right and row["target"] == target and len(text) <= 200  # no longer one is read
+    return text, f"{numbers[0]}+{numbers[-1]}", right, row, row
 
 
-def random_number(generator: random.Random) -> tuple[Fraction, str]:
-    """A number and one way to write it."""
+def random_number(generator: random.Random, kinds: tuple[str, ...] = ()) -> tuple[Fraction, str]:
+    """A number and one way to write it; `kinds` are further ways."""
     size = 10 ** generator.randint(1, 7)
     value = Fraction(generator.randint(-size // 10, size))
-    kind = generator.choice(("whole", "whole", "commas", "zeros", "braces", "decimal", "fraction", "mixed", "power"))
+    kind = generator.choice(("whole", "whole", "commas", "zeros", "braces", "decimal", "fraction", "mixed", "power",
+                             *kinds))  # fmt: skip
     if kind == "decimal":
         value += Fraction(generator.randrange(100), 100)
         return value, f"{float(value):.2f}"
@@ -199,6 +228,11 @@ def random_number(generator: random.Random) -> tuple[Fraction, str]:
         bottom = generator.randint(2, 99)
         top = generator.randint(1, bottom - 1)
         return value + Fraction(top, bottom), f"{value} {top}/{bottom}"
+    if kind == "vulgar" and value > 0:
+        part = generator.choice("½⅓⅔¼¾⅛")
+        return value + Fraction(unicodedata.normalize("NFKC", part).replace("⁄", "/")), f"{value}{part}"
+    if kind == "blanks" and abs(value) >= 1000:
+        return value, f"{value.numerator:,}".replace(",", generator.choice((" ", " ", "\\,", "\u202f")))
     if kind == "power":
         return value * 1000, f"{value}e3"
     if abs(value) < 1000 and kind in ("commas", "braces"):
@@ -209,9 +243,9 @@ def random_number(generator: random.Random) -> tuple[Fraction, str]:
 
 def gsm8k_answer(generator: random.Random) -> tuple:
     """The right number or another, with the words, signs and marks that models put around it."""
-    value, text = random_number(generator)
+    value, text = random_number(generator, ("vulgar", "blanks"))
     right = generator.random() < 0.6
-    shown = text if right else random_number(generator)[1]
+    shown = text if right else random_number(generator, ("vulgar", "blanks"))[1]
     unit = generator.choice(UNITS)
     around = generator.choice(("{}", " {} ", "{}.", "${}$", "x = {}", "{} " + unit, "The answer is {}.", "{}%", "{}\\%",
                                "3 * 6 = {}", "**{}**", "{} \\text{{ " + unit + "}}", "\\({}\\)", "{} (" + unit + ")",
@@ -235,12 +269,16 @@ def gsm8k_answer(generator: random.Random) -> tuple:
 
 def random_formula(generator: random.Random) -> tuple[str, str]:
     """A formula in x, and another way to write it that needs mathematics to see it."""
-    a, b, c = (generator.randint(2, 12) for _ in range(3))
+    a, b, c = (generator.choice((2, 3, 5, 6, 7, 8, 10, 11, 12)) for _ in range(3))  # their roots are no numbers
     return generator.choice((
         (f"{a}x+{b}", f"{b} + {a}x"), (f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{b}}} \\cdot {a}"),
         (f"\\frac{{x}}{{{a}}}", f"\\frac{{{b}x}}{{{a * b}}}"), (f"x^2-{a * a}", f"(x-{a})(x+{a})"),
         (f"\\frac{{\\sqrt{{{a}}}}}{{{b}}}", f"\\frac{{{c}\\sqrt{{{a}}}}}{{{b * c}}}"), (f"{a}\\pi", f"\\pi \\cdot {a}"),
-        (f"({a},{b})", f"\\left( {a}, {b} \\right)"), (f"{a}^{{{b % 4 + 2}}}", f"{a} \\cdot {a}^{{{b % 4 + 1}}}"),
+        (f"({a},{b})", f"\\left( {a}, {b} \\right)"), (f"{a}\\sqrt{{{b}}}", f"{a}*sqrt({b})"), (f"{a}\\pi", f"{a}*pi"),
+        (f"[{a},{a + b})", f"x \\in [{a}, {a + b})"), (f"[{a},{a + b})", f"\\left[{a},{a + b}\\right)"),
+        (f"({a},{b}\\sqrt{{{c}}})", f"x \\in ({a}, sqrt({c}) * {b})"), (f"\\{{{a},{a + b}\\}}", f"{a + b}, {a}"),
+        (f"\\{{{a},{a + b}\\}}", f"\\left\\{{{a + b}, {a}\\right\\}}"),
+        (f"{a}^{{{b % 4 + 2}}}", f"{a} \\cdot {a}^{{{b % 4 + 1}}}"),
     ))  # fmt: skip
 
 
@@ -250,7 +288,7 @@ def math_answer(generator: random.Random) -> tuple:
     if kind < 0.6:
         truth, text = random_number(generator)
         reference = f"\\frac{{{truth.numerator}}}{{{truth.denominator}}}" if truth.denominator > 1 else str(truth)
-        wrong = random_number(generator)[1]
+        wrong = generator.choice((random_number(generator)[1], random_number(generator)[1], f"{text}%", f"{text}\\%"))
     elif kind < 0.75:
         word = generator.choice(("east", "Sunday", "even", "(A)", "B", "both", "no solution"))
         reference = truth = f"\\text{{{word}}}"
@@ -262,6 +300,9 @@ def math_answer(generator: random.Random) -> tuple:
     else:
         reference, equal = random_formula(generator)
         truth, text, wrong = reference, generator.choice((reference, equal)), random_formula(generator)[0]
+        brackets = str.maketrans("[)(", generator.choice(("(])", "[]]", "()[")))
+        near = (equal.translate(brackets), f"({equal})".replace("\\{", "").replace("\\}", ""), f"{equal}\\%")
+        wrong = generator.choice((wrong, *near))
     right = generator.random() < 0.6
     around = generator.choice(("{}", " {} ", "{}.", "${}$", "\\[{}\\]", "The answer is {}.", "\\boxed{{{}}}", "{}\\,"))
     row = {"answer": reference} if generator.random() < 0.5 else {"solution": f"Thus \\boxed{{{reference}}}."}
@@ -272,7 +313,7 @@ ANSWERS = {"countdown": countdown_answer, "gsm8k": gsm8k_answer, "math": math_an
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The evaluators: whether a completion is right, read by other means than src/grading.py
+# The evaluators: whether a completion is right, read by other means than src/tasks
 # ---------------------------------------------------------------------------------------------------------------------
 
 CALCULATE = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -322,7 +363,10 @@ def stated_answer(text: str) -> str | None:
 
 
 def calculate(node: ast.AST, names: dict) -> object:
-    """Value of a parsed formula; ValueError for all that is no arithmetic. Without names, signs and powers are none."""
+    """Value of a parsed formula; ValueError for all that is no arithmetic.
+
+    Without names it is that of Countdown: no powers, one sign before a number, and brackets of all kinds.
+    """
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(repr(node.value))
     if isinstance(node, ast.Name) and node.id in names:
@@ -333,21 +377,72 @@ def calculate(node: ast.AST, names: dict) -> object:
         base, power = calculate(node.left, names), calculate(node.right, names)
         if abs(power) <= 20 and abs(base) < 1e6:
             return base**power
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd) and names:
+    if not names and isinstance(node, ast.List | ast.Set) and len(node.elts) == 1:
+        return calculate(node.elts[0], names)  # brackets
+    signs = (ast.USub, ast.UAdd) if names else (ast.USub,)
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, signs)
+        and (names or not isinstance(node.operand, ast.UnaryOp))
+    ):
         return calculate(node.operand, names) * (-1 if isinstance(node.op, ast.USub) else 1)
     raise ValueError(f"{type(node).__name__} is no arithmetic")
 
 
+PYTHON = (
+    (r"\\[dtc]?frac(?![A-Za-z])", "@"), (r"\\(?:fbox|boxed)(?![A-Za-z])", "#"), (r"\\div(?![A-Za-z])|÷", "/"),
+    (r"\\(?:left|right)(?![A-Za-z])|\\[()\[\]]|[$`\n\t]", " "), (r"\\(?:times|cdot)(?![A-Za-z])|[xX×·∙⋅]", "*"),
+    ("[−–]", "-"), (r"\\\{", "["), (r"\\\}", "]"), ("(?<![0-9])0+(?=[0-9])", ""),
+)  # fmt: skip
+
+
+def closing(text: str, begin: int) -> int:
+    """Where the brace closes that opens there; ValueError if it does not or none opens."""
+    depth = 0
+    for position in range(begin, len(text)):
+        depth += (text[position] == "{") - (text[position] == "}")
+        if depth == 0 and text[begin] == "{":
+            return position
+    raise ValueError
+
+
+def unboxed(text: str) -> str:
+    """The contents of a box that is all there is."""
+    text = text.strip(" ")
+    box = re.match(r"#\s*(?=\{)", text)
+    return text[box.end() + 1 : -1].strip(" ") if box and closing(text, box.end()) == len(text) - 1 else text
+
+
+def with_slashes(text: str) -> str:
+    """({1}/{2}) for a fraction; Python's parser takes the braces for those of a set."""
+    while "@" in text:
+        before, _, after = text.rpartition("@")
+        top = after[: closing(after.lstrip(), 0) + 1 + len(after) - len(after.lstrip())]
+        bottom = after[len(top) :].lstrip()
+        end = closing(bottom, 0) + 1
+        text = f"{before}({top.strip()}/{bottom[:end]}){bottom[end:]}"
+    return text
+
+
 def countdown_is_right(text: str, row: dict) -> bool:
-    """Python's own parser reads the expression."""
+    """Python's own parser reads the expression; what else is said to be equal must be the target."""
     found = last_block(text[-FLOOD_LENGTH:])
-    expression = re.sub("(?<![0-9])0+(?=[0-9])", "", re.sub("[\n\t]", " ", found[1])).strip(" ") if found else ""
-    if not set(expression) <= set("0123456789+-*/() "):
+    equation = found[1] if found else ""
+    if set(equation) & set("@#"):
         return False
+    for pattern, python in PYTHON:
+        equation = re.sub(pattern, python, equation)
     try:
-        tree = ast.parse(expression, mode="eval").body
+        sides = [unboxed(side) for side in unboxed(re.sub(r"\. *$", "", equation.strip(" "))).split("=")]
+        stated = [side for side in sides if len(sides) > 1 and re.fullmatch(r"-?\s*[0-9]+", side)]
+        (expression,) = [side for side in sides if side not in stated]
+        expression = with_slashes(expression)
+        if not set(expression) <= set("0123456789+-*/()[]{} "):
+            return False
+        tree = ast.parse(expression.strip(" "), mode="eval").body
         numbers = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        return sorted(numbers) == sorted(row["nums"]) and calculate(tree, {}) == row["target"]
+        right = sorted(numbers) == sorted(row["nums"]) and calculate(tree, {}) == row["target"]
+        return right and all(int(side.replace(" ", "")) == row["target"] for side in stated)
     except (SyntaxError, ValueError, ZeroDivisionError):
         return False
 
@@ -371,7 +466,10 @@ WORTH = frozenset(
         "hundredths thousandths k K M B e E x X y n i",
     )
 )
-DIGITS = r"([\d,]*\d(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)"
+DIGITS = r"((?:[\d,]*\d(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
+LENGTHS = (
+    "(?:[cdkm]|centi|deci|kilo|milli)?m(?:et(?:er|re)s?)?|ft|feet|foot|in|inch|inches|y(?:ar)?ds?|mi(?:les?)?|units?"
+)
 ATOM = re.compile(rf"([-+]?){DIGITS}(?:/{DIGITS})?([^\d+^<>~|&@\\{{}}=]*)", re.ASCII)
 
 
@@ -385,7 +483,16 @@ def exact(digits: str) -> Fraction | None:
 
 def numbers_of(text: str) -> list[Fraction] | None:
     """The numbers that a text states after its last equals sign; None if it says anything that changes them."""
+    text = re.sub(  # 1 000 000
+        r"(?<![\d.,/A-Za-z])([1-9]\d?\d?)((?:(?:[ \u00a0\u2009\u202f]|\\[, ])\d\d\d)+)(?![\d/]| /)",
+        lambda match: "".join(filter(str.isdigit, match[0])), text, flags=re.ASCII)  # fmt: skip
+    parts = [(sign, unicodedata.decomposition(sign)) for sign in set(text) if not sign.isascii()]
+    for sign, code in parts:
+        if code.startswith("<fraction>"):
+            part = "".join(chr(int(number, 16)) for number in code.split()[1:]).replace("\u2044", "/")
+            text = text.replace(sign, f" {part} ")
     text = re.sub(r"\\[dtc]?frac\s*\{\s*(-?[\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}", r" \1/\2 ", without_latex(text))
+    text = re.sub(rf"(?<![A-Za-z\\])({LENGTHS})\s*(?:\^\s*(?:[23](?!\d)|\{{\s*[23]\s*\}})|[²³])", r"\1", text)
     text = text[text.rfind("=") + 1 :]
     if any(character > "\x7f" and unicodedata.numeric(character, None) is not None for character in text):
         return None
@@ -407,7 +514,7 @@ def numbers_of(text: str) -> list[Fraction] | None:
         if value is None or not bottom:
             return None
         value = value / bottom * (-1 if match[1] == "-" else 1)
-        if match[3] and whole is not None and not match[1] and value < 1:  # 1 3/4
+        if match[3] and whole is not None and not match[1] and 0 < value < 1:  # 1 3/4
             value, announced = numbers.pop() + (value if whole[0] != "-" else -value), True
         if not announced:
             return None
@@ -431,15 +538,24 @@ def formula_values(text: str) -> list | None:
     text = re.sub(
         r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}", re.sub(r"(?<=\d)\{(\d+)\}", r"\1", text)
     )  # braces that show nothing
+    text = re.sub(
+        r"\\?sqrt\s*(?:\(([^()]*)\)|\{([^{}]*)\})",
+        r"\\sqrt{\1\2}",
+        re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z\d])", "p", text),
+    )
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    text = re.sub(r"(?<![\d.])(\d)\s?!", lambda match: str(math.factorial(int(match[1]))), text, flags=re.ASCII)
     for _ in range(5):  # from the inside out
         text = re.sub(rf"\\[dtc]?frac{ARGUMENT}{ARGUMENT}", r"((\1\2)/(\3\4))", text)
         text = re.sub(r"\^\s*\{([^{}]*)\}", r"**(\1)", re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"((\1)**0.5)", text))
-    for old, new in (("\\cdot", "*"), ("\\times", "*"), ("×", "*"), ("\\pi", "p"), ("π", "p"), ("^", "**")):
+    for old, new in (("\\cdot", "*"), ("\\times", "*"), ("\\×", "*"), ("×", "*"), ("\\pi", "p"), ("π", "p"),
+                     ("^", "**"), (":", "/")):  # fmt: skip
         text = text.replace(old, new)
-    text = re.sub(r"(?<=[\dxyp)])\s*(?=[xyp(])|(?<=[xyp)])\s*(?=\d)", "*", text.replace("{", "(").replace("}", ")"))
+    text = re.sub(
+        r"(?<=[\dxyp)])\s*(?=[xyp(])|(?<=[xyp)])\s*(?=\d)", "*", text.translate(str.maketrans("{[]}", "(())"))
+    )
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text).strip()
-    if not set(text) <= set("0123456789.xyp+-*/() "):
+    if not set(re.sub(r"(?<=\d)[eE](?=[-+]?\d)", "", text)) <= set("0123456789.xyp+-*/() "):
         return None
     try:
         tree = ast.parse(text, mode="eval").body
@@ -460,21 +576,35 @@ def same_values(left: list | None, right: list | None) -> bool:
 def math_is_right(text: str, truth: Fraction | str) -> bool:
     """The same text, words or number, or a formula with the same values."""
     answer = without_latex(stated_answer(text) or "").rstrip(" .")
-    if isinstance(truth, Fraction):
-        return numbers_of(answer) == [truth] or same_values(formula_values(answer), [truth] * len(POINTS))
+    if "%" in answer or "percent" in answer.lower():
+        return isinstance(truth, Fraction) and numbers_of(answer) == [100 * truth]
+    if isinstance(truth, Fraction):  # several values are right if all are the same
+        stated = [formula_values(part) for part in re.split(r"\bor\b|\band\b|, | ,", answer)]
+        return numbers_of(answer) == [truth] or all(same_values(values, [truth] * len(POINTS)) for values in stated)
     expected = without_latex(truth)
     if "\\text" in truth:
         letters = [re.sub(r"[\s().]", "", words).casefold() for words in (answer, expected)]
         return letters[0] == letters[1]
-    # a second pair of brackets around the first says nothing
-    once = re.sub(r"^(\(|\[)(\([^()]*\))[])]$", r"\2", "".join(answer.split()))
-    pairs = [re.fullmatch(r"\((.*),(.*)\)", words) for words in (once, "".join(expected.split()))]
-    if pairs[1]:
-        return bool(pairs[0]) and all(
-            same_values(formula_values(a), formula_values(b))
-            for a, b in zip(pairs[0].groups(), pairs[1].groups(), strict=True)
+    answer = re.sub(r"^[A-Za-z]\s*\\in(?![a-z])\s*", "", answer)
+    answer, expected = (re.sub(r"\s*([()\[\],;]|\\[{}])\s*", r"\1", words) for words in (answer, expected))
+    if expected.startswith("\\{"):
+        members = [
+            re.split(r"[,;]\s*(?:and|or)\b|[,;]|\band\b|\bor\b", re.sub(r"^\\?\{|\\?\}$", "", words))
+            for words in (answer, expected)
+        ]
+        values = [[formula_values(member) for member in side] for side in members]
+        return answer.startswith(("\\{", "{")) == answer.endswith("}") and all(
+            any(same_values(value, other) for other in values[1 - side]) for side in (0, 1) for value in values[side]
         )
-    return "".join(answer.split()) == "".join(expected.split()) or same_values(*map(formula_values, (answer, expected)))
+    # a second pair of brackets around the first says nothing
+    once = re.sub(r"^[(\[]([(\[][^()\[\]]*[)\]])[)\]]$", r"\1", answer)
+    pairs = [re.fullmatch(r"([(\[])(.*),(.*)([)\]])", words) for words in (once, expected)]
+    if pairs[1]:
+        return bool(pairs[0] and pairs[0][1] == pairs[1][1] and pairs[0][4] == pairs[1][4]) and all(
+            same_values(formula_values(pairs[0][side]), formula_values(pairs[1][side])) for side in (2, 3)
+        )
+    same_text = "".join(answer.split()) == "".join(expected.split())
+    return same_text or same_values(formula_values(answer), formula_values(expected))
 
 
 def format_is_right(text: str) -> bool:
@@ -507,8 +637,8 @@ class Gate:
     spent_ms: float = 0.0  # of the worker's processor time, by the last answer
     slowest_ms: float = 0.0
     slowest_wall_ms: float = 0.0  # with waiting for the processor, and for a new worker
-    ask: object = field(default_factory=lambda: grading.ask_worker)
-    read: object = field(default_factory=lambda: grading.read_line)
+    ask: object = field(default_factory=lambda: mathematics.ask_worker)
+    read: object = field(default_factory=lambda: math_worker.read_line)
 
     def __call__(self, answer: str, reference: str, seconds: float) -> bool:
         if self.left <= 0:
@@ -554,15 +684,12 @@ def wrong_with(task: str, case: Case, parts: dict, milliseconds: float, worker_m
 
 def grade_sample(task, cases: list[Case]) -> list[str]:
     """Rewards.grade around the same rewards: equal, and 0 for what was cut off. An error in it raises."""
-    from src.packing import Episode, Group
-    from src.rewards import Rewards
-
     rewards = Rewards(task, DataConfig(on_reward_error="stop"))
     groups = [
         Group(Problem(index, (1,), "", case.row), (Episode((1,), (0.0,), index % 2 == 0, case.text),))
         for index, case in enumerate(cases)
     ]
-    graded, _ = rewards.grade(groups, zero_truncated=True)
+    graded = rewards.grade(groups, zero_truncated=True)
     wrong = []
     for index, (case, group) in enumerate(zip(cases, graded, strict=True)):
         parts, episode = task.reward(case.text, case.row), group.episodes[0]
@@ -576,7 +703,7 @@ def run_task(name: str, seed: int, cases: int, worker_cases: int | None) -> dict
     gate, task = Gate(2 * cases if worker_cases is None else worker_cases), get_task(name)
     right = rewarded = formatted = 0
     slowest, failures = 0.0, []
-    with patch.object(grading, "ask_worker", gate), patch.object(grading, "read_line", gate.read_line):
+    with patch.object(mathematics, "ask_worker", gate), patch.object(math_worker, "read_line", gate.read_line):
         for index in range(cases):
             case, refused, gate.spent_ms = make_case(name, seed, index), gate.refused, 0.0
             try:

@@ -1,12 +1,13 @@
-"""Train once undisturbed, and again with SIGKILL at random moments: is everything that is left behind the same?
+"""Train once undisturbed, and again with SIGKILL at bad moments: is everything that is left behind the same?
 
-    uv run python -m benchmarks.kill_storm               # 50 kills, about 10 minutes on 2 cores
-    uv run python -m benchmarks.kill_storm --kills 5     # the short form
+    uv run python -m benchmarks.kill_storm               # 50 kills, minutes on 2 cores
+    uv run python -m benchmarks.kill_storm --kills 3     # the short form
 
-Every second kill waits for a save to begin and comes within the time a save takes; the others come at random moments
-after the start of the process. Compared, bit for bit: weights in final/, training
-state of the last checkpoint, metrics.jsonl without times and memory; and that TensorBoard shows each step once.
-The last line of stdout is one JSON document; the exit code is 1 if anything differs.
+Of three kills one comes within the time that a save takes, one within a step, and one at any moment of the process.
+Compared, bit for bit: weights in final/, all of the last checkpoint, metrics.jsonl without times and memory; and that
+TensorBoard shows each step once. The last line of stdout is one JSON document; the exit code is 1 if anything differs.
+
+A life is main.py in a process of its own, forked from one that has imported torch and done nothing with it.
 """
 
 import argparse
@@ -14,37 +15,41 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
-from src.checkpoint import list_checkpoints, step_of
+from src.run.checkpoint import list_checkpoints, step_of
+from src.run.reading import read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = PROJECT / "configs" / "configs_tiny" / "config_kl_beta0.04_tiny.yaml"
 SAVE_SECONDS = 0.2  # about what a save takes, most of it fsync
+KINDS = ("save", "step", "any")  # moments of a kill, in turn
 SMALL = {
     "data": {"train_size": 64, "eval_size": 8, "eval_samples": 1},
     "training": {"batch_size": 32, "num_questions_per_batch": 4, "minibatches": 2, "max_gen_len": 32, "warmup_steps": 0,
                  "eval_interval": 5, "ckpt_save_interval": 1, "keep_checkpoints": 2},
 }  # fmt: skip
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["main", "src.commands", "src.train_grpo"])
 
 
 def write_config(folder: Path, steps: int) -> Path:
     """The tiny config, smaller still, with a checkpoint every step."""
     config = yaml.safe_load(BASE.read_text(encoding="utf-8"))
-    config["model"] |= {
-        "device": "cpu",
-        "pretrained_model_path": str(PROJECT / config["model"]["pretrained_model_path"]),
-    }
+    path = str(PROJECT / config["model"]["pretrained_model_path"])
+    config["model"] |= {"device": "cpu", "pretrained_model_path": path}
     for section, values in SMALL.items():
         config[section] |= values
     config["training"]["max_steps"] = steps
@@ -53,18 +58,32 @@ def write_config(folder: Path, steps: int) -> Path:
     return path
 
 
-def start(config: Path, work: Path) -> subprocess.Popen:
-    """main.py in a process of its own, its output kept in a file."""
+def live(config: Path, work: Path) -> None:
+    """What a life does: main.py, its output kept in a file."""
+    import main  # here: the program that starts the lives needs nothing of it
+
+    os.chdir(work)
+    output = os.open("output.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill would leave behind
+    sys.argv = ["main.py", "--config", str(config), "--dataset_name", "countdown"]
+    sys.exit(main.main())
+
+
+def start(config: Path, work: Path):
+    """A life begins."""
     work.mkdir(exist_ok=True)
-    command = [sys.executable, str(PROJECT / "main.py"), "--config", str(config), "--dataset_name", "countdown"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (work / "output.txt").open("a", encoding="utf-8") as output:
-        return subprocess.Popen(command, cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    process = PROCESSES.Process(target=live, args=(config, work))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen, work: Path) -> None:
+def finish(process, work: Path) -> None:
     """Wait for a process that nobody kills; it has to end well."""
-    if process.wait() != 0:
+    process.join()
+    if process.exitcode != 0:
         raise SystemExit(f"the training failed by itself, see its output:\n{(work / 'output.txt').read_text()[-3000:]}")
 
 
@@ -88,29 +107,42 @@ def steps_done(work: Path) -> int:
     return max(map(step_of, list_checkpoints(run_folder(work) / "checkpoints")), default=0)
 
 
-def kill_once(config: Path, work: Path, delay: float, at_save: bool) -> bool | None:
-    """One life that ends by SIGKILL, `delay` after its start or after it began to save.
+def kill_once(config: Path, work: Path, kind: str, delay: float) -> str | None:
+    """One life that ends by SIGKILL, `delay` after its start, after it began to save, or after it has saved a step.
 
-    Returns whether it left something half written; None if it came to its end before.
+    Returns where it was killed; None if it came to its end before.
     """
-    born, process = time.time(), start(config, work)
-    while at_save and process.poll() is None and not saving(work, born):
+    before, born, process = steps_done(work), time.time(), start(config, work)
+
+    def waits() -> bool:
+        if kind == "save":
+            return not saving(work, born)
+        return kind == "step" and (steps_done(work) == before or saving(work, born))
+
+    while process.is_alive() and waits():
         time.sleep(0.001)
     end = time.monotonic() + delay
-    while process.poll() is None and time.monotonic() < end:
+    while process.is_alive() and time.monotonic() < end:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    if process.wait() == -signal.SIGKILL:
-        return saving(work, born)
-    finish(process, work)
-    return None
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        finish(process, work)
+        return None
+    if saving(work, born):
+        return "save"
+    rows = read_rows(run_folder(work) / "metrics.jsonl")
+    within = steps_done(work) > 0 and rows[-1]["step"] == steps_done(work)  # the next step is not written yet
+    return "step" if within else "between"
 
 
 def metrics_of(folder: Path) -> list[dict]:
     """metrics.jsonl without what a clock or the machine decides."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     timed = ("time/", "memory/")
-    return [{k: v for k, v in row.items() if not k.startswith(timed) and "per_second" not in k} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed) and "per_second" not in k}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 def shown_steps(folder: Path) -> dict[str, list[int]]:
@@ -122,8 +154,9 @@ def shown_steps(folder: Path) -> dict[str, list[int]]:
 
 def training_state(folder: Path) -> dict:
     """Optimizer, controllers, evaluations. Not the generators: each process starts them elsewhere, nothing draws."""
-    state = torch.load(list_checkpoints(folder / "checkpoints")[-1] / "training_state.pt", weights_only=True)
-    return {name: value for name, value in state.items() if not name.endswith("_rng")}
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    run, engine = (torch.load(newest / f"{name}_state.pt", weights_only=True) for name in ("training", "engine"))
+    return {name: value for name, value in (run | engine).items() if not name.endswith("_rng")}
 
 
 def same(left, right) -> bool:
@@ -149,7 +182,7 @@ def differences(quiet: Path, stormy: Path) -> Iterable[str]:
     if metrics_of(quiet) != metrics_of(stormy):
         yield "metrics.jsonl"
     expected = {}
-    for row in (json.loads(line) for line in (quiet / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+    for row in read_rows(quiet / "metrics.jsonl"):
         for tag in row.keys() - {"step"}:
             expected.setdefault(tag, []).append(row["step"])
     for which, folder in (("quiet", quiet), ("killed", stormy)):
@@ -163,39 +196,38 @@ def differences(quiet: Path, stormy: Path) -> Iterable[str]:
 def storm(folder: Path, kills: int, steps: int, seed: int) -> dict:
     """The whole experiment in `folder`; what the last line of output says."""
     started, moment = time.monotonic(), random.Random(seed)
-    config = write_config(folder, steps)
-    quiet = folder / "quiet"
+    config, quiet = write_config(folder, steps), folder / "quiet"
+    start(config, quiet).kill()  # the first life waits for imports
+    began = time.monotonic()
     process = start(config, quiet)
-    while process.poll() is None and steps_done(quiet) == 0:
+    while process.is_alive() and steps_done(quiet) == 0:
         time.sleep(0.01)
-    first = time.monotonic() - started  # imports, evaluation, one step
+    first = time.monotonic() - began  # loading, evaluation, one step
     finish(process, quiet)
-    undisturbed = time.monotonic() - started
-    done, during_save, round_, wrong = 0, 0, 1, []
+    undisturbed = time.monotonic() - began
+    step = min(row["time/rollout"] + row["time/update"] for row in read_rows(run_folder(quiet) / "metrics.jsonl")[1:])
+    places, round_, wrong = [], 1, []
     while True:  # a run that comes to its end before all kills are done is compared, and another one begun
-        work = folder / f"killed{round_}"
-        hit = False
-        while done < kills and hit is not None:
-            at_save = done % 2 == 0
-            spare = 2 * (undisturbed - first) / max(2, kills / 2)  # so that the kills are spread over the run
-            delay = moment.uniform(0.4 * first, first + spare)  # not while it still imports torch
-            if at_save:
-                delay = moment.uniform(0, SAVE_SECONDS) if done else 0.0
-            hit = kill_once(config, work, delay, at_save)
-            if hit is not None:
-                done, during_save = done + 1, during_save + hit
-                where = "while saving" if hit else "between saves"
-                print(f"run {round_}, kill {done}: {where}, {steps_done(work)} steps saved", flush=True)
-        if hit is not None:
+        work, place = folder / f"killed{round_}", ""
+        while len(places) < kills and place is not None:
+            kind = KINDS[len(places) % len(KINDS)]
+            longest = {"save": SAVE_SECONDS, "step": 0.5 * step, "any": undisturbed}[kind]
+            delay = 0.0 if not places else moment.uniform(0, longest)
+            place = kill_once(config, work, kind, delay)
+            if place is not None:
+                places.append(place)
+                print(f"run {round_}, kill {len(places)}: {place}, {steps_done(work)} steps saved", flush=True)
+        if place is not None:
             finish(start(config, work), work)
         wrong += [f"run {round_}: {difference}" for difference in differences(run_folder(quiet), run_folder(work))]
-        if done == kills:
+        if len(places) == kills:
             break
         round_ += 1
     return {
         "benchmark": "kill_storm",
-        "kills": done,
-        "kills_during_save": during_save,
+        "kills": len(places),
+        "kills_during_save": places.count("save"),
+        "kills_within_step": places.count("step"),
         "identical": not wrong,
         "different": wrong,
         "runs": round_,
@@ -203,6 +235,7 @@ def storm(folder: Path, kills: int, steps: int, seed: int) -> dict:
         "seed": seed,
         "seconds": round(time.monotonic() - started, 1),
         "seconds_undisturbed": round(undisturbed, 1),
+        "seconds_to_first_step": round(first, 1),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from src.optim import MemoryEfficientAdamW
+from src.engine import MemoryEfficientAdamW
 
 CONTEXT, WIDTH, HEADS, LAYERS = 64, 96, 4, 2
 FORMATS = {"32/32": (32, 32), "24/16": (24, 16), "24/8": (24, 8)}  # name -> (master_bits, state_bits)

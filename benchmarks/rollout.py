@@ -44,11 +44,12 @@ from transformers import (
 )
 from transformers.generation.continuous_batching.continuous_api import WorkloadHints
 
-from src.packing import ATTENTION_NAME, pack
-from src.rl_datasets import Problem
-from src.sampler import SYNC_EVERY, SlotDecoder, fit_to_memory, rollout
-from src.scoring import score
-from src.token_choice import SamplingSettings
+from src.engine.attention import ATTENTION_NAME
+from src.engine.packing import pack
+from src.engine.sampler import SYNC_EVERY, SlotDecoder, fit_to_memory, rollout
+from src.engine.scoring import score
+from src.engine.token_choice import SamplingSettings
+from src.records import Problem
 
 
 def shape(kind, vocab_size, hidden, intermediate, layers, heads, kv_heads, tied=True):
@@ -151,7 +152,7 @@ def run_ours(model, problems, targets: list[int], options) -> None:
     assert prompts == len(problems), "one wave: raise --slots or lower --prompts"
     TargetDecoder.targets = torch.tensor(targets, device=model.device)
     with torch.inference_mode():
-        TargetDecoder(model, NoText(), problems, options.samples, slots, settings, 0).run()
+        TargetDecoder(model, NoText(), problems, options.samples, slots, settings).run()
 
 
 def run_generate(model, problems, targets: list[int], options) -> None:
@@ -296,8 +297,8 @@ def mismatch(model, problems) -> dict[str, float]:
     settings = SamplingSettings(16, 1.0, 64, (), seed=3)
     with torch.inference_mode():
         groups = rollout(model, NoText(), problems[:4], 4, settings)
-        batch = pack(groups, model.device, model.dtype)
-        difference = (score(model, batch, 1.0).logprobs - batch.sampled_logprobs).abs()
+        row = pack(groups, model.device, model.dtype)
+        difference = (score(model, row, 1.0).logprobs - row.batch.sampled_logprobs).abs()
     return {"mean": float(difference.mean()), "max": float(difference.max())}
 
 

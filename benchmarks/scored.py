@@ -17,7 +17,9 @@ from statistics import mean, stdev
 import torch
 
 from src.config import load_config
-from src.train_grpo import prepare, run_training, sample
+from src.prepare import prepare
+from src.run.reading import read_rows
+from src.train_grpo import run_training
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIG = PROJECT / "configs" / "configs_tiny" / "config_{}_tiny.yaml"
@@ -30,10 +32,10 @@ def write_scored_file(path: Path, problems: int, samples: int) -> None:
     config = load_config(str(CONFIG).format(OBJECTIVES["none"]), [f"data.train_size={problems}", "data.seed=7"])
     run = prepare(config, "countdown")
     with path.open("w", encoding="utf-8") as file:
-        for group in sample(run, run.train_problems, samples, 1.0, stream=0):
+        for group in run.sample(run.train_problems, samples, stream=0):
             scores = [episode.reward for episode in group.episodes]
             if len(set(scores)) > 1:
-                row = dict(group.problem.reference)
+                row = dict(group.problem.row)
                 row["prompt"] = f"Make {row['target']} from {row['nums']}."  # a tenth of the prompts is held out
                 row["completions"] = [{"text": e.text, "score": e.reward} for e in group.episodes]
                 file.write(json.dumps(row) + "\n")
@@ -46,8 +48,8 @@ def run_one(objective: str, seed: int, file: Path, folder: Path, steps: int) -> 
                  "data.eval_size=1000", "training.eval_interval=10", "training.learning_rate=1e-4"]  # fmt: skip
     config = load_config(str(CONFIG).format(OBJECTIVES[objective]), overrides)
     run_training(config, "scored", folder / f"{objective}_{seed}", fresh=True)
-    lines = next((folder / f"{objective}_{seed}").glob("runs/*/metrics.jsonl")).read_text(encoding="utf-8")
-    return [row for row in map(json.loads, lines.splitlines()) if "eval/pair_accuracy" in row]
+    (metrics,) = (folder / f"{objective}_{seed}").glob("runs/*/metrics.jsonl")
+    return [row for row in read_rows(metrics) if "eval/pair_accuracy" in row]
 
 
 def main() -> None:

@@ -33,12 +33,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.rollout import SHAPES, machine
 from src.config import Config, DataConfig, ModelConfig, TrainingConfig
-from src.maxent import Controllers, ControllerSettings
-from src.models import compile_layers, load_model
-from src.prepare import Run, load_anchor, optimizer_of
-from src.rewards import Rewards
-from src.rl_datasets import Problem
-from src.telemetry import peak_memory
+from src.engine import Engine
+from src.engine.memory import peak_memory
+from src.maxent import Controllers
+from src.prepare import SampledCompletions
+from src.records import Problem
+from src.run import Run
+from src.tasks import Rewards
 
 
 def reward(text: str) -> float:
@@ -49,7 +50,7 @@ def reward(text: str) -> float:
 class BenchmarkTask:
     """What the loop asks of a task."""
 
-    def reward(self, text: str, reference) -> dict[str, float]:
+    def reward(self, text: str, row) -> dict[str, float]:
         return {"reward": reward(text), "answer": 0.0}
 
 
@@ -103,17 +104,13 @@ def make_run(folder: Path, options) -> Run:
             reference_offload="reference_offload" in options.using,
         ),
     )
-    device = torch.device(options.device)
-    model, anchor = load_model(config, device), load_anchor(config, device)
-    if config.model.compile:
-        compile_layers(model)
+    engine, task = Engine(config), BenchmarkTask()
+    engine.load_model()
+    engine.eos_ids = ()  # every completion has its full length
     problems = [Problem(index, tuple(ids), "", {}) for index, ids in enumerate(make_prompts(options))]
-    task = BenchmarkTask()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    settings = config.training
-    optimizer = optimizer_of(model, settings)
-    return Run(config, task, Rewards(task, config.data), tokenizer, problems, problems, model, anchor, optimizer,
-               Controllers(settings.tau, settings.beta, ControllerSettings()), 10**6, ())  # fmt: skip
+    source = SampledCompletions(config, engine, task, Rewards(task, config.data))
+    return Run(config, "benchmark", folder, engine, task, source, problems, problems, max_steps=10**6,
+               state={"controllers": Controllers(config.training)})  # fmt: skip
 
 
 def run_ours(folder: Path, options) -> list[dict[str, float]]:
@@ -123,10 +120,11 @@ def run_ours(folder: Path, options) -> list[dict[str, float]]:
     run = make_run(folder, options)
     steps = []
     for step in range(1, options.repetitions + 2):
+        run.engine.begin(step)
         metrics, groups = train_step(run, step)
-        assert all(len(episode.token_ids) == options.new_tokens for group in groups for episode in group.episodes)
+        assert all(episode.length == options.new_tokens for group in groups for episode in group.episodes)
         assert metrics["train/grad_norm"] > 0
-        steps.append({"rollout": metrics["time/rollout"], "update": metrics["time/update"]})
+        steps.append(dict(run.engine.seconds))
         print_step("ours", steps[-1])
     return steps
 

@@ -102,7 +102,7 @@ def see(browser: Browser, url: str, wanted: list[str], curves: int) -> dict:
 def train(work: Path, steps: int) -> None:
     """The runs to look at."""
     from src.config import load_config
-    from src.console import configure_console
+    from src.run.console import configure_console
     from src.train_grpo import run_training
 
     configure_console(quiet=True)

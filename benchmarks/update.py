@@ -29,10 +29,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.rollout import machine
 from benchmarks.step import make_model, make_run, parse_arguments, synchronize
-from src import scoring, train_grpo
-from src.packing import ATTENTION_NAME, Episode, Group, pack
-from src.prepare import Run
-from src.rl_datasets import Problem
+from src import train_grpo
+from src.engine import engine, scoring
+from src.engine.attention import ATTENTION_NAME
+from src.engine.packing import Pass, pack
+from src.records import Episode, Group, Problem
+from src.run import Run
 
 SCORED_TOKENS, VOCABULARIES = 2048, (16384, 131072)
 
@@ -40,25 +42,25 @@ SCORED_TOKENS, VOCABULARIES = 2048, (16384, 131072)
 def make_groups(run: Run, options) -> list[Group]:
     """Completions of random tokens with random advantages."""
     generator = random.Random(0)
-    vocabulary = run.model.config.vocab_size
+    vocabulary = run.engine.model.config.vocab_size
 
     def episode() -> Episode:
         ids = tuple(generator.randrange(1, vocabulary) for _ in range(options.new_tokens))
-        return Episode(ids, (0.0,) * len(ids), True, "", advantage=generator.gauss(0, 1))
+        return Episode(ids, (0.0,) * len(ids), True, "", advantages=(generator.gauss(0, 1),) * len(ids))
 
     problems = run.train_problems[: options.prompts]
     return [Group(problem, tuple(episode() for _ in range(options.samples))) for problem in problems]
 
 
 class Padded:
-    """Stands in for src.scoring.hidden_states and remembers what was packed last."""
+    """Stands in for src.engine.scoring.hidden_states and remembers what was packed last."""
 
-    def pack(self, pieces: list[Group], *arguments):
+    def pack(self, pieces: list[Group], *arguments) -> Pass:
         self.rows = [piece.problem.prompt_ids + e.token_ids for piece in pieces for e in piece.episodes]
         self.prompts = [len(piece.problem.prompt_ids) for piece in pieces for _ in piece.episodes]
         return pack(pieces, *arguments)
 
-    def hidden_states(self, model, batch) -> Tensor:
+    def hidden_states(self, model, row: Pass) -> Tensor:
         """Hidden states [N, hidden] from which the completion tokens are predicted."""
         width = max(map(len, self.rows))
         ids = torch.tensor([row + (0,) * (width - len(row)) for row in self.rows], device=model.device)  # [E, width]
@@ -71,7 +73,7 @@ class Padded:
 def time_updates(folder: Path, options) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each update, contestants in turn, and their gradient norms at the first."""
     contestants = {"ours": make_run(folder, options), "padded": make_run(folder, options)}
-    contestants["padded"].model.set_attn_implementation("sdpa")
+    contestants["padded"].engine.model.set_attn_implementation("sdpa")
     groups = make_groups(contestants["ours"], options)
     padded = Padded()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -79,7 +81,7 @@ def time_updates(folder: Path, options) -> tuple[dict[str, list[float]], dict[st
     for repetition in range(options.repetitions + 1):  # the first one warms up
         for name, run in contestants.items():
             replaced = padded if name == "padded" else None
-            with patch.object(train_grpo, "pack", replaced.pack if replaced else pack), patch.object(
+            with patch.object(engine, "pack", replaced.pack if replaced else pack), patch.object(
                 scoring, "hidden_states", replaced.hidden_states if replaced else scoring.hidden_states
             ):  # fmt: skip
                 synchronize(options.device)
@@ -112,8 +114,8 @@ def scoring_memory(vocabulary: int, tokens: int) -> dict[str, int]:
                          num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
     episode = Episode((1,) * (tokens // 8), (0.0,) * (tokens // 8), True, "")
-    batch = pack([Group(Problem(0, (1,), "", {}), (episode,) * 8)], "cpu", torch.float32)
-    peak = peak_allocated(lambda: scoring.score(model, batch, 1.0).logprobs.sum().backward())
+    row = pack([Group(Problem(0, (1,), "", {}), (episode,) * 8)], "cpu", torch.float32)
+    peak = peak_allocated(lambda: scoring.score(model, row, 1.0).logprobs.sum().backward())
     gradients = sum(parameter.nbytes for parameter in model.parameters())
     return {"peak": peak, "of_it_gradients": gradients, "logits_in_fp32": 4 * tokens * vocabulary}
 

@@ -1,23 +1,20 @@
 """The experiment, typed: every key with its default, range and meaning; strict YAML loading; nothing heavy imported.
 
 Keys are declared as `name: type = key(default, "what it does", ...)`. To add one, declare it, and read it somewhere.
-`read_by` names the loss types that read a key: giving it with another loss type is an error, except for the keys of the
-GRPO-mini format, whose files load unmodified.
+Which keys a penalty reads is declared where the penalty is (src/penalties.py): giving a key that nothing reads is an
+error, except for the keys of the GRPO-mini format, whose files load unmodified.
 """
 
+import ast
 import difflib
 import os
 from dataclasses import Field, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 import yaml
-
-# penalty names live here too, and not only in src/penalties.py, because checking a config must not import torch
-LOSS_TYPES = ("none", "kl", "approx_kl", "ot", "maxent", "listwise_kl")
-RATIO_READERS = ("none", "kl", "approx_kl", "ot")  # loss types with a policy term; maxent has one when it is clipped
-POLICY_KEYS = {"epsilon", "epsilon_high", "delta", "policy_loss", "importance_sampling_level"}
 
 
 class ConfigError(ValueError):
@@ -31,8 +28,38 @@ class RunError(Exception):
     """A run cannot go on, and what it has saved is good: a line for the user. main.py prints it and exits with 1."""
 
 
+class Stopped(SystemExit):
+    """Leaves the step in progress because the user wants it; uncaught it ends the process with its code."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the decorator of a penalty in src/penalties.py says of it."""
+
+    objective: bool  # it takes the place of the policy term
+    reads: tuple[str, ...]  # keys of `training` that only such penalties read
+
+
+@cache
+def known_penalties() -> dict[str, Declared]:
+    """The penalties by name, from the text of src/penalties.py: importing it would take torch, and seconds."""
+    found = {"none": Declared(False, ())}
+    for function in ast.parse((Path(__file__).parent / "penalties.py").read_text(encoding="utf-8")).body:
+        for decorator in getattr(function, "decorator_list", ()):
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "penalty":
+                options = {item.arg: item.value for item in decorator.keywords if item.arg in ("objective", "reads")}
+                values = {name: ast.literal_eval(value) for name, value in options.items()}
+                found[ast.literal_eval(decorator.args[0])] = Declared(
+                    values.get("objective", False), tuple(values.get("reads", ()))
+                )
+    return found
+
+
 def key(default: Any, doc: str, **rules: Any) -> Any:
-    """A config field. Rules: minimum, above, maximum, below (numbers), choices, read_by (loss types)."""
+    """A config field. Rules: minimum, above, maximum, below (numbers), choices.
+
+    `policy`: the clipped policy loss reads it; `advantages`: it is about advantages, which an objective has not.
+    """
     metadata = {"doc": doc, **rules}
     return (
         field(default_factory=lambda: list(default), metadata=metadata)
@@ -50,9 +77,6 @@ class ModelConfig:
     dtype: str = key("bfloat16", "Precision of the weights.", choices=("float32", "bfloat16"))
     trust_remote_code: bool = key(False, "Allow a model repository to run its own Python code.")
     gradient_checkpointing: bool = key(False, "Compute each layer again in the backward pass: less memory, more time.")
-    checkpoint_every: int = key(
-        1, "gradient_checkpointing: of so many layers one is computed again; 1: each, 2: every second.", minimum=1
-    )
     compile: bool = key(False, "Run the layers through torch.compile in the update; sampling does without.")
 
 
@@ -98,23 +122,18 @@ class DataConfig:
         None, "Reward functions of your own, as `file.py:function`: fn(completions, **columns) -> list of numbers."
     )
     reward_weights: list[float] | None = key(None, "Weight of each of reward_functions; empty: 1 each.")
-    task_reward_weight: float = key(1.0, "Weight of the task's own reward beside reward_functions.", minimum=0)
     on_reward_error: str = key(
         "zero",
         "When a reward function raises, hangs or returns nonsense: reward 0 and a counted warning, or stop the run.",
         choices=("zero", "stop"),
     )
-    reward_timeout: float = key(
-        10.0, "Seconds a call may take: of the task's reward for one completion, of a reward function for all.", above=0
+    eval_samples: int = key(
+        8,
+        "Completions sampled for each problem by the first and the last evaluation, for pass@1 and pass@k.",
+        minimum=1,
     )
-    eval_samples: int = key(8, "Completions sampled for each evaluation problem, for pass@1 and pass@k.", minimum=1)
-    eval_temperature: float | None = key(
-        None, "Sampling temperature of the evaluation; empty: training.temperature.", above=0
-    )
-    eval_top_p: float = key(1.0, "Evaluation samples from the likeliest tokens of this mass.", above=0, maximum=1)
-    eval_top_k: int = key(0, "Evaluation samples from this many likeliest tokens; 0: all.", minimum=0)
-    eval_min_p: float = key(
-        0.0, "Evaluation samples from tokens of at least this times the largest probability.", minimum=0, maximum=1
+    eval_samples_between: int = key(
+        2, "The same for the evaluations between them, which cost the time of training.", minimum=1
     )
     num_numbers: list[int] = key(
         [3, 4], "countdown: how many numbers a problem has; one of these at random.", minimum=2, maximum=6
@@ -132,10 +151,7 @@ class TrainingConfig:
     """The loop: sizes of a step, sampling, the objective, the optimizer, and when to save and evaluate."""
 
     random_seed: int = key(1337, "Seed of sampling and of the order of the problems.", minimum=0)
-    max_steps: int | None = key(
-        None, "Steps of the run; empty: num_epochs passes over the training problems.", minimum=1
-    )
-    num_epochs: int = key(1, "Passes over the training problems when max_steps is empty.", minimum=1)
+    max_steps: int | None = key(None, "Steps of the run; empty: one pass over the training problems.", minimum=1)
     batch_size: int = key(256, "Completions a step.", minimum=2)
     num_questions_per_batch: int = key(
         0, "Prompts a step; a group is batch_size / num_questions_per_batch. 0: groups of 8.", minimum=0
@@ -154,9 +170,6 @@ class TrainingConfig:
     stop_strings: list[str] | None = key(
         None, "A completion ends with the token that completes one of these texts; empty: none."
     )
-    max_retry_rounds: int = key(
-        2, "A prompt whose logits were not finite is sampled again this often, and then left out.", minimum=0
-    )
     micro_batch_size: int = key(
         8, "Completions a forward and backward pass; the result depends on it by rounding only.", minimum=1
     )
@@ -172,35 +185,33 @@ class TrainingConfig:
         "Clip range of the probability ratio, downwards (and upwards, see epsilon_high).",
         minimum=0,
         below=1,
-        read_by=(*RATIO_READERS, "maxent"),
+        policy=True,
     )
-    epsilon_high: float | None = key(
-        None, "Clip range upwards; empty: epsilon.", minimum=0, read_by=(*RATIO_READERS, "maxent")
-    )
+    epsilon_high: float | None = key(None, "Clip range upwards; empty: epsilon.", minimum=0, policy=True)
     delta: float | None = key(
         None,
         "Upper bound of the ratio also where the advantage is negative (two-sided clip, INTELLECT-2); empty: none.",
         above=1,
-        read_by=(*RATIO_READERS, "maxent"),
+        policy=True,
     )
     policy_loss: str = key(
         "ppo",
         "`ppo`: clipped surrogate; `cispo`: the clipped ratio is a constant weight of the log-prob.",
         choices=("ppo", "cispo"),
-        read_by=(*RATIO_READERS, "maxent"),
+        policy=True,
     )
     importance_sampling_level: str = key(
         "token",
         "One ratio a token (GRPO), or one a sequence, the geometric mean of its tokens' (GSPO).",
         choices=("token", "sequence"),
-        read_by=(*RATIO_READERS, "maxent"),
+        policy=True,
     )
     importance_cap: float | None = key(
         None,
         "Tokens are weighed by min(trainer / sampler probability, this), which "
         "corrects a sampler in lower precision; empty: off.",
         above=0,
-        read_by=RATIO_READERS,
+        advantages=True,
     )
     loss_agg: str = key(
         "token",
@@ -218,7 +229,7 @@ class TrainingConfig:
         0.0,
         "Scale a prompt's advantages by 1 / (1 + this / log G x semantic entropy) (SEED-GRPO).",
         minimum=0,
-        read_by=RATIO_READERS,
+        advantages=True,
     )
     entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
     old_logprobs: str = key(
@@ -228,11 +239,16 @@ class TrainingConfig:
         choices=("trainer", "sampler"),
     )
     # the penalty
-    loss_type: str = key(
-        "kl", "The penalty; maxent and listwise_kl take the place of the policy term instead.", choices=LOSS_TYPES
+    loss_type: str | dict[str, float] = key(
+        "kl",
+        "The penalty, weighed by beta; or several, as a mapping of their names to weights. maxent and listwise_kl take "
+        "the place of the policy term.",
     )
     beta: float = key(
-        0.04, "Weight of the penalty; for maxent the weight of the reference in the closed form.", minimum=0
+        0.04,
+        "Weight of the penalty. In maxent that of the reference in the closed form, where it reweighs completions of a "
+        "group by their reference log-probs and flattens the target; it is no trust region.",
+        minimum=0,
     )
     anchor: str = key(
         "reference",
@@ -243,99 +259,52 @@ class TrainingConfig:
         0, "Every so many steps the reference becomes the current policy; 0: never.", minimum=0
     )
     kl_target: float = key(
-        0.0,
-        "The KL penalty counts only what a completion's mean exceeds this by, in nats a token.",
-        minimum=0,
-        read_by=("kl", "approx_kl"),
+        0.0, "The KL penalty counts only what a completion's mean exceeds this by, in nats a token.", minimum=0
     )
     kl_direction: str = key(
         "reverse",
         "`reverse`: KL(policy || other); `forward`: KL(other || policy). The other is the "
         "anchor, for listwise_kl the target.",
         choices=("reverse", "forward"),
-        read_by=("kl", "listwise_kl"),
     )
     kl_estimator: str = key(
-        "k3", "Estimator of the KL from the sampled tokens.", choices=("k1", "k2", "k3"), read_by=("approx_kl",)
+        "k3",
+        "Estimator of the KL from the sampled tokens. As a loss k1 has no gradient on average, k2 that of the reverse "
+        "KL, k3 that of the forward KL; k3_unbiased has the value of k3 and the gradient of the reverse KL.",
+        choices=("k1", "k2", "k3", "k3_unbiased"),
     )
-    ot_target: float = key(
-        0.0, "The OT penalty counts only what a completion exceeds this by.", minimum=0, read_by=("ot",)
-    )
-    ot_window: int = key(16, "Half width of the band |i - j| of the transport.", minimum=1, read_by=("ot",))
-    ot_eps: float = key(0.1, "Entropic regularisation of the transport.", above=0, read_by=("ot",))
-    ot_iters: int = key(10, "Sinkhorn iterations.", minimum=1, read_by=("ot",))
-    ot_debias: bool = key(
-        True, "Sinkhorn divergence, zero at equality, in place of the raw transport cost.", read_by=("ot",)
-    )
-    ot_taper: bool = key(
-        True,
-        "Soften the edge of the band; with a hard edge the divergence can be negative, and lead "
-        "away from the anchor (src/sinkhorn.py).",
-        read_by=("ot",),
-    )
-    ot_unroll: bool = key(
-        False, "Differentiate through the iterations in place of the envelope theorem.", read_by=("ot",)
-    )
-    ot_backend: str = key(
-        "band", "`pot`: the POT library, dense and slow, for checking.", choices=("band", "pot"), read_by=("ot",)
-    )
+    ot_target: float = key(0.0, "The OT penalty counts only what a completion exceeds this by.", minimum=0)
+    ot_window: int = key(16, "Half width of the band |i - j| of the transport.", minimum=1)
+    ot_eps: float = key(0.1, "Entropic regularisation of the transport.", above=0)
     q_temperature: float = key(
-        0.1, "Temperature of the listwise target softmax(reward / this).", above=0, read_by=("maxent", "listwise_kl")
+        1.0,
+        "Temperature of the listwise target softmax(reward / this). In maxent rewards then act at a temperature of "
+        "this times (tau + beta).",
+        above=0,
     )
-    q_epsilon: float = key(
-        0.01,
-        "Share of the uniform distribution in the listwise target.",
-        minimum=0,
-        maximum=1,
-        read_by=("maxent", "listwise_kl"),
-    )
+    q_epsilon: float = key(0.01, "Share of the uniform distribution in the listwise target.", minimum=0, maximum=1)
     length_normalized: bool = key(
         True,
         "Sequence log-probs over a group are means a token (of the reference for maxent, "
         "of the policy for listwise_kl), not sums.",
-        read_by=("maxent", "listwise_kl"),
     )
-    tau: float = key(
-        0.1, "Weight of the entropy of the group weights; `.inf`: uniform weights.", minimum=0, read_by=("maxent",)
-    )
-    maxent_baseline: bool = key(
-        True, "Weights minus 1 / G: worse than average completions are pushed down.", read_by=("maxent",)
-    )
-    maxent_clipped: bool = key(
-        False, "The weights take the place of advantages in the clipped policy loss.", read_by=("maxent",)
-    )
-    maxent_token_counts: bool = key(
-        False, "Weights divided by completion length and renormalised: favours short ones.", read_by=("maxent",)
-    )
+    tau: float = key(0.1, "Weight of the entropy of the group weights; `.inf`: uniform weights.", minimum=0)
+    maxent_baseline: bool = key(True, "Weights minus 1 / G: worse than average completions are pushed down.")
+    maxent_clipped: bool = key(False, "The weights take the place of advantages in the clipped policy loss.")
     # controllers
     tau_target_entropy: float | None = key(
-        None, "Weight entropy in nats that tau is steered to; empty: tau stays.", minimum=0, read_by=("maxent",)
+        None, "Weight entropy in nats that tau is steered to; empty: tau stays.", minimum=0
     )
-    tau_target_entropy_start: float | None = key(
-        None, "The target begins here and is annealed; empty: constant.", minimum=0, read_by=("maxent",)
-    )
-    tau_target_anneal_steps: int = key(0, "Steps of that annealing.", minimum=0, read_by=("maxent",))
-    tau_lr: float = key(0.05, "Step of the controller in log tau.", above=0, read_by=("maxent",))
-    tau_min: float = key(1e-3, "Smallest tau.", above=0, read_by=("maxent",))
-    tau_max: float = key(10.0, "Largest tau.", above=0, read_by=("maxent",))
-    tau_warmup_steps: int = key(0, "Steps before tau moves.", minimum=0, read_by=("maxent",))
+    tau_lr: float = key(0.05, "Step of the controller in log tau.", above=0)
+    tau_warmup_steps: int = key(0, "Steps before tau moves.", minimum=0)
     meta_lr: float = key(
         0.0,
         "Above 0: tau and beta follow the analytic gradient of (weight entropy - tau_target_entropy)^2 instead.",
         minimum=0,
-        read_by=("maxent",),
     )
     beta_kl_target: float | None = key(
-        None,
-        "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta stays.",
-        above=0,
-        read_by=(*RATIO_READERS[1:], "maxent"),
+        None, "KL to the anchor (k3, nats a token) that beta is steered to; empty: beta stays.", above=0
     )
-    beta_horizon: float = key(
-        10.0, "Updates over which beta follows.", above=0.2, read_by=(*RATIO_READERS[1:], "maxent")
-    )
-    beta_min: float = key(1e-4, "Smallest beta.", above=0, read_by=(*RATIO_READERS[1:], "maxent"))
-    beta_max: float = key(10.0, "Largest beta.", above=0, read_by=(*RATIO_READERS[1:], "maxent"))
     # the optimizer
     learning_rate: float = key(1e-6, "Peak learning rate.", above=0)
     warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
@@ -345,11 +314,9 @@ class TrainingConfig:
         choices=("constant", "linear", "cosine"),
     )
     betas: list[float] = key([0.9, 0.999], "Adam's decay rates.", minimum=0, below=1)
-    adam_eps: float = key(1e-8, "Adam's epsilon.", above=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", minimum=0)
     max_grad_norm: float = key(1.0, "The gradient is clipped to this norm.", above=0)
-    memory_efficient_adamw: bool = key(False, "Compressed optimizer states, see src/optim.py.")
-    master_bits: int = key(24, "memory_efficient_adamw: precision of the master weights.", choices=(24, 32))
+    memory_efficient_adamw: bool = key(False, "Compressed optimizer states, see src/engine/optim.py.")
     state_bits: int = key(8, "memory_efficient_adamw: bits of each of Adam's two moments.", choices=(8, 16, 32))
     offload: bool = key(False, "memory_efficient_adamw: keep the optimizer's states in host memory.")
     reference_offload: bool = key(
@@ -360,10 +327,23 @@ class TrainingConfig:
         "Several processes: shard weights and states over them (FSDP2), or replicate; LoRA is replicated.",
         choices=("shard", "replicate"),
     )
-    max_bad_steps: int = key(5, "So many steps in a row without a finite gradient stop the run.", minimum=1)
     eval_interval: int = key(10, "Steps between evaluations; 0: only before and after.", minimum=0)
+    eval_first: bool = key(True, "Evaluate before the first step too.")
     ckpt_save_interval: int = key(100, "Steps between checkpoints; 0: only at the end.", minimum=0)
     keep_checkpoints: int = key(2, "Checkpoints kept.", minimum=1)
+
+    def penalties(self) -> dict[str, float]:
+        """Penalty -> weight; that of a single objective is 1, since beta is something else in it."""
+        if isinstance(self.loss_type, dict):
+            return self.loss_type
+        if self.loss_type == "none":
+            return {}
+        return {self.loss_type: 1.0 if known_penalties()[self.loss_type].objective else self.beta}
+
+    def has_policy_term(self) -> bool:
+        """Whether no penalty takes its place, or only gives its advantages (maxent_clipped)."""
+        objectives = [name for name in self.penalties() if known_penalties()[name].objective]
+        return not objectives or (objectives == ["maxent"] and self.maxent_clipped)
 
 
 @dataclass
@@ -391,8 +371,6 @@ class HubConfig:
 
     push_to_hub: bool = key(False, "Push final/, with a model card.")
     hub_model_id: str | None = key(None, "Repository, as owner/name; empty: the run folder's name, under your account.")
-    hub_model_revision: str | None = key(None, "Branch; empty: the default branch.")
-    hub_private: bool = key(True, "Make a new repository private.")
 
 
 @dataclass
@@ -404,7 +382,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     hub: HubConfig = field(default_factory=HubConfig)
-    source: str = ""  # the file it came from: its stem names the run folder
+    source: str = ""  # the file it came from
+    name: str = ""  # of the run; empty: the stem of source
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig, "lora": LoraConfig, "hub": HubConfig}
@@ -422,9 +401,14 @@ def suggest(name: str, known: list[str]) -> str:
 def convert(value: Any, wanted: Any, where: str) -> Any:
     """`value` as the field's type, or a ConfigError. YAML reads 1e-6 as a string, so number-like strings count."""
     if isinstance(wanted, UnionType):
-        if value is None:
+        if value is None and type(None) in get_args(wanted):
             return None
-        wanted = next(option for option in get_args(wanted) if option is not type(None))
+        options = [option for option in get_args(wanted) if option is not type(None)]
+        if isinstance(value, dict) and get_origin(options[-1]) is dict:
+            return {
+                str(name): convert(item, get_args(options[-1])[1], f"{where}.{name}") for name, item in value.items()
+            }
+        wanted = options[0]
     if get_origin(wanted) is list:
         items = value if isinstance(value, list) else [value]
         if not items:
@@ -500,13 +484,10 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
             f"{source}: training.num_questions_per_batch ({questions}) must be a multiple of minibatches "
             f"({training.minibatches}); groups are not cut apart"
         )
-    if training.loss_type == "maxent" and training.tau + training.beta == 0:
-        raise ConfigError(f"{source}: training.tau + training.beta must be greater than 0 for loss_type maxent")
+    check_loss_type(training, source)
     if training.meta_lr > 0 and training.tau_target_entropy is None:
         raise ConfigError(f"{source}: training.meta_lr needs training.tau_target_entropy, the entropy to steer to")
-    if training.tau_min > training.tau_max or training.beta_min > training.beta_max:
-        raise ConfigError(f"{source}: training.tau_min and beta_min must not exceed tau_max and beta_max")
-    for name in ("master_bits", "state_bits", "offload"):
+    for name in ("state_bits", "offload"):
         if getattr(training, name) != getattr(TrainingConfig, name) and not training.memory_efficient_adamw:
             raise ConfigError(f"{source}: training.{name} needs training.memory_efficient_adamw: true")
     check_lora(config, source)
@@ -521,10 +502,35 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
         name = ALIASES.get(name, name)
         read_by = unread_by(config, name)
         if read_by and name not in SEED_FORMAT_KEYS:
+            now = " and ".join(training.penalties()) or "none"
             raise ConfigError(
-                f"{source}: training.{name} is not read by loss_type {training.loss_type}; it belongs to "
-                f"{', '.join(read_by)}; remove the key or change the loss_type"
+                f"{source}: training.{name} is not read by loss_type {now}; it belongs to {', '.join(read_by)}; "
+                f"remove the key or change the loss_type"
             )
+
+
+def check_loss_type(training: TrainingConfig, source: str) -> None:
+    """The names of the penalties, and what they can not be together with."""
+    known = known_penalties()
+    given = training.loss_type if isinstance(training.loss_type, dict) else {training.loss_type: 1.0}
+    for name, weight in given.items():
+        if name not in known or (name == "none" and isinstance(training.loss_type, dict)):
+            raise ConfigError(f"{source}: training.loss_type: {name!r} is not known{suggest(name, list(known))}")
+        if weight < 0 or (weight == 0 and known[name].objective):
+            least = "above 0, as it takes the place of the policy term" if known[name].objective else "at least 0"
+            raise ConfigError(f"{source}: training.loss_type.{name} must be {least}, not {weight}")
+    if len([name for name in given if known[name].objective]) > 1:
+        raise ConfigError(
+            f"{source}: training.loss_type: of {', '.join(given)} more than one takes the place of the policy term; "
+            f"keep one of these"
+        )
+    if isinstance(training.loss_type, dict) and training.beta_kl_target is not None:
+        raise ConfigError(
+            f"{source}: training.beta_kl_target moves beta, and the weights of a mapping do not move; "
+            f"give loss_type as a word"
+        )
+    if "maxent" in given and training.tau + training.beta == 0:
+        raise ConfigError(f"{source}: training.tau + training.beta must be greater than 0 for loss_type maxent")
 
 
 def check_lora(config: Config, source: str) -> None:
@@ -543,11 +549,19 @@ def check_lora(config: Config, source: str) -> None:
 
 
 def unread_by(config: Config, name: str) -> tuple[str, ...]:
-    """The loss types that read training key `name`, if this config's is not among them; else ()."""
-    read_by = TrainingConfig.__dataclass_fields__[name].metadata.get("read_by", ())
-    if config.training.loss_type == "maxent" and not config.training.maxent_clipped and name in POLICY_KEYS:
-        return (*RATIO_READERS, "maxent with maxent_clipped: true")
-    return () if config.training.loss_type in read_by else read_by
+    """What would read training key `name`, if nothing of this config does; else ()."""
+    training, known = config.training, known_penalties()
+    active = training.penalties()
+    rules = TrainingConfig.__dataclass_fields__[name].metadata
+    with_policy_term = tuple(other for other, declared in known.items() if not declared.objective)
+    if rules.get("policy") and not training.has_policy_term():
+        return (*with_policy_term, "maxent with maxent_clipped: true")
+    if rules.get("advantages") and any(known[other].objective for other in active):
+        return with_policy_term
+    if "maxent" in active and training.meta_lr > 0 and name in ("tau_lr", "tau_warmup_steps"):
+        return ("maxent with meta_lr: 0",)
+    readers = tuple(other for other, declared in known.items() if name in declared.reads)
+    return () if any(reader in active for reader in readers) else readers
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -605,6 +619,6 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that loads again; keys the loss type does not read are left out."""
     sections = asdict(config)
-    sections.pop("source")
+    del sections["source"], sections["name"]
     sections["training"] = {name: value for name, value in sections["training"].items() if not unread_by(config, name)}
     return yaml.safe_dump(sections, sort_keys=False, width=120)

@@ -1,86 +1,91 @@
 """What keeps the policy near its anchor: one function per penalty, chosen by `loss_type`.
 
-A penalty is `fn(PenaltyInputs, training config) -> (value, metrics)`. The value is per token [N], weighed as loss_agg
-says, or per episode [E], averaged over episodes; the loop adds beta x value to the loss. Metrics are tensors that the
-loop averages over the step. To add one: write the function under @penalty("name"), put the name into LOSS_TYPES in
-src/config.py (and into RATIO_READERS beside it unless it takes the place of the policy loss), and use it in a YAML.
+A penalty is `fn(scores, batch, training) -> (value, metrics)`. The value is per token [N]; an episode's [E] is spread
+over its tokens by `batch.spread`. The loop adds weight x value to the loss, and averages the metrics over the step. To
+add one, write the function under @penalty("name") and use the name in a YAML: nothing else knows the names. The
+decorator is also read as text (src/config.py), so its arguments are literals.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.config import LOSS_TYPES
 from src.maxent import entropy, group_softmax, listwise_target, maxent_weights, weight_entropy_gradients
-from src.packing import PackedBatch
-from src.scoring import Scores
+from src.records import Batch, Scores
 from src.sinkhorn import sinkhorn_divergence
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: beyond it the estimate is worthless, and exp overflows fp32 at 88
+OT_ITERATIONS = 10  # of Sinkhorn; equal paths have distance 0 after any number
 
 
 @dataclass(frozen=True)
-class PenaltyInputs:
-    """A packed batch and its scores: N completion tokens of E episodes. No padding, so there is no mask to forget."""
+class Penalty:
+    """A penalty, and what it needs; see `penalty`."""
 
-    scores: Scores
-    batch: PackedBatch
+    name: str
+    function: Callable[..., Any]
+    needs_anchor: bool
+    is_objective: bool
+    exact_kl: bool
+    of_logits: bool
 
-    def episode_mean(self, values: Tensor) -> Tensor:
-        """[N] -> [E]."""
-        return self.episode_sum(values) / self.batch.lengths
+    @property
+    def over_vocabulary(self) -> bool:
+        return self.exact_kl or self.of_logits
 
-    def episode_sum(self, values: Tensor) -> Tensor:
-        """[N] -> [E]."""
-        total = torch.zeros(len(self.batch.lengths), device=values.device, dtype=values.dtype)
-        return total.index_add(0, self.batch.episode_index, values)
+    def distance(self, training) -> Any:
+        """What the engine is to measure over the vocabulary: the direction of a KL, or a function of logits."""
+        return self.function if self.of_logits else training.kl_direction
 
-    def by_group(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-episode values [E] as rows [groups, G] of the largest group, and a mask of which entries exist."""
-        counts = torch.bincount(self.batch.group_index, minlength=self.batch.groups)  # [groups]
-        mask = torch.arange(int(counts.max()), device=values.device)[None] < counts[:, None]  # [groups, G]
-        return torch.zeros(mask.shape, device=values.device, dtype=values.dtype).masked_scatter(mask, values), mask
-
-
-PENALTIES: dict[str, Any] = {}  # functions, with what `penalty` notes on them
+    def __call__(self, scores: Scores, batch: Batch, training) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value of each token [N], and metrics."""
+        return (scores.distances[self.name], {}) if self.of_logits else self.function(scores, batch, training)
 
 
-def penalty(name: str, anchor: bool = True, exact_kl: bool = False, objective: bool = False, per_episode=False):
-    """Register a penalty, and say whether it needs the anchor's scores and the exact KL, and returns [E] and not [N].
+PENALTIES: dict[str, Penalty] = {}
 
-    An `objective` takes the place of the policy term, with weight 1, and sees each group whole. `per_episode` may be a
-    function of the training config.
+
+def penalty(
+    name: str,
+    *,
+    anchor: bool = True,
+    objective: bool = False,
+    reads: tuple[str, ...] = (),
+    exact_kl: bool = False,
+    of_logits: bool = False,
+):
+    """Register a penalty, and say what it needs.
+
+    An `objective` takes the place of the policy term, and sees each group whole. `reads`: keys of the config that only
+    such penalties read. `of_logits`: the function is a distance of two distributions over the vocabulary,
+    fn(logits, anchor_logits) [tokens, vocab] -> [tokens], and autograd differentiates it chunk by chunk.
     """
 
     def register(function: Any) -> Any:
-        function.needs_anchor, function.needs_exact_kl, function.is_objective = anchor, exact_kl, objective
-        function.per_episode = per_episode if callable(per_episode) else lambda training: per_episode
-        PENALTIES[name] = function
+        PENALTIES[name] = Penalty(name, function, anchor, objective, exact_kl, of_logits)
         return function
 
     return register
 
 
-def hinge(value: Tensor, target: float, inputs: PenaltyInputs) -> Tensor:
-    """The value as it is, or, with a target, per episode [E] what its mean exceeds the target by."""
+def hinge(name: str, value: Tensor, target: float, batch: Batch) -> tuple[Tensor, dict]:
+    """[N] what the mean of a completion exceeds the target by, weighed token by token as without a target.
+
+    And the share of completions that do; the console warns where for long none does.
+    """
     if target == 0:
-        return value
-    return ((inputs.episode_mean(value) if len(value) == len(inputs.batch.target_ids) else value) - target).clamp(min=0)
+        return value, {}
+    beyond = batch.episode_mean(value.detach()) > target  # [E]
+    return (value - target) * beyond[batch.episode_index], {f"train/beyond_target/{name}": beyond.float()}
 
 
-@penalty("none", anchor=False)
-def no_penalty(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
-    """Plain policy gradient."""
-    return torch.zeros_like(inputs.scores.logprobs), {}
-
-
-@penalty("kl", exact_kl=True, per_episode=lambda training: training.kl_target > 0)
-def exact_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
-    """KL over the whole vocabulary at every sampled position; src/scoring.py computes it in `kl_direction`."""
-    assert inputs.scores.kl is not None  # exact_kl=True asks for it
-    return hinge(inputs.scores.kl, training.kl_target, inputs), {}
+@penalty("kl", exact_kl=True, reads=("kl_target", "kl_direction", "beta_kl_target"))
+def exact_kl(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """KL over the whole vocabulary at every sampled position, in `kl_direction`."""
+    return hinge("kl", scores.distances["kl"], training.kl_target, batch)
 
 
 def kl_estimates(logprobs: Tensor, anchor_logprobs: Tensor) -> dict[str, Tensor]:
@@ -95,81 +100,75 @@ def kl_estimates(logprobs: Tensor, anchor_logprobs: Tensor) -> dict[str, Tensor]
     return {"k1": -log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(bounded) - bounded}
 
 
-@penalty("approx_kl", per_episode=lambda training: training.kl_target > 0)
-def approximate_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
-    """A sampled estimate, `kl_estimator`; tokens of an older policy are reweighted by the (constant) ratio."""
-    scores = inputs.scores
-    assert scores.anchor_logprobs is not None  # anchor=True asks for it
-    estimate = kl_estimates(scores.logprobs, scores.anchor_logprobs)[training.kl_estimator]  # [N]
-    log_weight = (scores.logprobs - inputs.batch.old_logprobs).detach().clamp(max=MAX_LOG_RATIO)
-    return hinge(log_weight.exp() * estimate, training.kl_target, inputs), {}
+@penalty("approx_kl", reads=("kl_target", "kl_estimator", "beta_kl_target"))
+def approximate_kl(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """A sampled estimate, `kl_estimator`; tokens of an older policy are reweighted by the ratio, a constant.
+
+    With k3_unbiased the ratio is differentiated too, which makes the gradient that of the reverse KL (DeepSeek-V3.2).
+    """
+    assert scores.anchor_logprobs is not None and batch.old_logprobs is not None
+    name, differentiated = training.kl_estimator.removesuffix("_unbiased"), training.kl_estimator.endswith("_unbiased")
+    estimate = kl_estimates(scores.logprobs, scores.anchor_logprobs)[name]  # [N]
+    log_weight = (scores.logprobs - batch.old_logprobs).clamp(max=MAX_LOG_RATIO)
+    weight = (log_weight if differentiated else log_weight.detach()).exp()
+    return hinge("approx_kl", weight * estimate, training.kl_target, batch)
 
 
-@penalty("ot", per_episode=True)
-def optimal_transport(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
-    """Sinkhorn divergence between the policy's and the anchor's last hidden states along each completion, [E]."""
-    assert inputs.scores.anchor_hidden is not None  # anchor=True asks for it
+@penalty("ot", reads=("ot_target", "ot_window", "ot_eps", "beta_kl_target"))
+def optimal_transport(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """Sinkhorn divergence between the policy's and the anchor's last hidden states along each completion."""
+    assert scores.anchor_hidden is not None
     value = sinkhorn_divergence(
-        inputs.scores.hidden, inputs.scores.anchor_hidden, inputs.batch.episode_index, len(inputs.batch.lengths),
-        window=training.ot_window, eps=training.ot_eps, iterations=training.ot_iters, debias=training.ot_debias,
-        taper=training.ot_taper, unroll=training.ot_unroll, backend=training.ot_backend,
-    )  # fmt: skip
-    return hinge(value, training.ot_target, inputs), {"train/ot": value.detach()}
+        scores.hidden, scores.anchor_hidden, batch.episode_index, len(batch.lengths),
+        window=training.ot_window, eps=training.ot_eps, iterations=OT_ITERATIONS, taper=True,
+    )  # fmt: skip  # [E]
+    if training.ot_target == 0:
+        return batch.spread(value), {"train/ot": value}
+    excess = (value - training.ot_target).clamp(min=0)  # [E]
+    return batch.spread(excess), {"train/ot": value, "train/beyond_target/ot": (excess.detach() > 0).float()}
 
 
-def has_variance(rewards: Tensor, mask: Tensor) -> Tensor:
-    """[groups, G] -> [groups, 1]: whether a group's rewards differ; one without variance teaches nothing."""
+def has_variance(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[groups, G] -> [groups, 1]: whether a group's rewards differ by more than 1e-4 of the largest (and of rounding).
+
+    A group without variance teaches nothing.
+    """
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     highest = rewards.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     lowest = rewards.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-    return highest - lowest > 1e-6
+    largest = rewards.masked_fill(~mask, 0).abs().amax(1, keepdim=True)
+    return highest - lowest > (1e-4 * largest).clamp(min=1e-12)
 
 
-def policy_loss(logprobs: Tensor, batch: PackedBatch, training) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate per token [N], and where the clip binds [N].
+@penalty(
+    "maxent",
+    objective=True,
+    reads=("q_temperature", "q_epsilon", "length_normalized", "tau", "maxent_baseline", "maxent_clipped",
+           "tau_target_entropy", "tau_lr", "tau_warmup_steps", "meta_lr"),
+)  # fmt: skip
+def maximum_entropy(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """Weighted maximum likelihood towards the closed-form weights of src/maxent.py, on mean token log-probs.
 
-    PPO (Schulman et al. 2017, equation 7), with the switches of GSPO (one ratio a sequence), DAPO (epsilon_high),
-    INTELLECT-2 (delta) and CISPO (MiniMax-M1: a clipped, constant weight of the log-prob).
+    With the baseline the weights are w - 1/G, so that uniform weights do nothing. With `maxent_clipped` the loop takes
+    them as the advantages of the policy loss instead. A group whose rewards are all equal contributes nothing.
     """
-    advantages = batch.advantages[batch.episode_index]  # [N]
-    log_ratio = logprobs - batch.old_logprobs  # [N]
-    if training.importance_sampling_level == "sequence":
-        total = log_ratio.new_zeros(len(batch.lengths)).index_add(0, batch.episode_index, log_ratio)
-        log_ratio = (total / batch.lengths)[batch.episode_index]  # [N] the same for each token of an episode
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    high = training.epsilon if training.epsilon_high is None else training.epsilon_high
-    clipped = ratio.clamp(1 - training.epsilon, 1 + high)
-    if training.policy_loss == "cispo":
-        weight = ratio.clamp(max=1 + high).detach()
-        return -weight * advantages * logprobs, (ratio > 1 + high).float()
-    bounded = ratio if training.delta is None else ratio.clamp(max=training.delta)
-    surrogate = torch.minimum(bounded * advantages, clipped * advantages)
-    return -surrogate, (surrogate != ratio * advantages).float()
+    shares, metrics = maxent_shares(scores, batch, training)  # [E]
+    return batch.spread(-shares * batch.episode_mean(scores.logprobs)), metrics
 
 
-@penalty("maxent", objective=True, per_episode=True)
-def maximum_entropy(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
-    """Weighted maximum likelihood towards the closed-form weights of src/maxent.py, on mean token log-probs, [E].
-
-    With the baseline the weights are w - 1/G, so that uniform weights do nothing. `maxent_clipped` uses them as the
-    advantages of the clipped policy loss. A group whose rewards are all equal contributes nothing.
-    """
-    scores, batch = inputs.scores, inputs.batch
-    assert scores.anchor_logprobs is not None  # anchor=True asks for it
-    reference = inputs.episode_mean if training.length_normalized else inputs.episode_sum
-    reference_logprobs, mask = inputs.by_group(reference(scores.anchor_logprobs))  # [groups, G]
-    rewards = inputs.by_group(batch.rewards)[0]
-    counts = inputs.by_group(batch.lengths.float())[0] if training.maxent_token_counts else None
+def maxent_shares(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """What each completion [E] is pulled by, such that the mean over episodes is that over groups of weighted sums."""
+    assert scores.anchor_logprobs is not None
+    reference = batch.episode_mean if training.length_normalized else batch.episode_sum
+    reference_logprobs, mask = batch.by_group(reference(scores.anchor_logprobs))  # [groups, G]
+    rewards = batch.by_group(batch.rewards)[0]
     q = listwise_target(rewards, training.q_temperature, training.q_epsilon, mask)
-    weights = maxent_weights(q, reference_logprobs, training.tau, training.beta, counts, mask)  # [groups, G]
+    weights = maxent_weights(q, reference_logprobs, training.tau, training.beta, mask)  # [groups, G]
     sizes = mask.sum(1, keepdim=True)
     signed = weights - mask.to(weights.dtype) / sizes if training.maxent_baseline else weights
-    # times G: the mean over episodes is then the mean over groups (of equal size) of their weighted sums
     shares = (signed * sizes * has_variance(rewards, mask))[mask]  # [E]
-    metrics = weight_metrics(weights, q, reference_logprobs, inputs.by_group(batch.advantages)[0], mask, training)
-    if training.maxent_clipped:
-        value, _ = policy_loss(scores.logprobs, replace(batch, advantages=shares), training)
-        return inputs.episode_mean(value), metrics
-    return -shares * inputs.episode_mean(scores.logprobs), metrics
+    advantages = batch.by_group(batch.episode_mean(batch.advantages))[0]
+    return shares, weight_metrics(weights, q, reference_logprobs, advantages, mask, training)
 
 
 def weight_metrics(weights, q, reference_logprobs, advantages, mask, training) -> dict[str, Tensor]:
@@ -195,21 +194,21 @@ def weight_metrics(weights, q, reference_logprobs, advantages, mask, training) -
     return metrics
 
 
-@penalty("listwise_kl", anchor=False, objective=True, per_episode=True)
-def listwise_kl(inputs: PenaltyInputs, training) -> tuple[Tensor, dict]:
-    """KL over a group between the softmax of the scores and the softmax of the policy's sequence log-probs, [E].
+@penalty(
+    "listwise_kl", anchor=False, objective=True,
+    reads=("kl_direction", "q_temperature", "q_epsilon", "length_normalized"),
+)  # fmt: skip
+def listwise_kl(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """KL over a group between the softmax of the scores and the softmax of the policy's sequence log-probs.
 
     The target (from the scores) is a constant; a group whose scores are all equal contributes nothing.
     """
-    sequence = inputs.episode_mean if training.length_normalized else inputs.episode_sum
-    logprobs, mask = inputs.by_group(sequence(inputs.scores.logprobs))  # [groups, G]
-    rewards = inputs.by_group(inputs.batch.rewards)[0]
+    sequence = batch.episode_mean if training.length_normalized else batch.episode_sum
+    logprobs, mask = batch.by_group(sequence(scores.logprobs))  # [groups, G]
+    rewards = batch.by_group(batch.rewards)[0]
     log_target = listwise_target(rewards, training.q_temperature, training.q_epsilon, mask).clamp(min=1e-30).log()
     log_policy = logprobs.masked_fill(~mask, -torch.inf).log_softmax(1).masked_fill(~mask, 0.0)
     p, q = (log_policy, log_target) if training.kl_direction == "reverse" else (log_target, log_policy)
     terms = p.exp() * (p - q) * mask  # [groups, G]
     shares = (terms * mask.sum(1, keepdim=True) * has_variance(rewards, mask))[mask]  # [E]
-    return shares, {"train/listwise_kl": terms.sum(1).detach()}
-
-
-assert set(PENALTIES) == set(LOSS_TYPES), "every loss type of src/config.py is a penalty here, and the reverse"
+    return batch.spread(shares), {"train/listwise_kl": terms.sum(1).detach()}

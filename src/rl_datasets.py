@@ -12,143 +12,38 @@ Nothing heavy is imported here before it is needed, so that `main.py --help` sta
 """
 
 import hashlib
-import importlib.util
 import inspect
 import json
-import logging
-import os
 import random
-import re
 import sys
-import traceback
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from src.config import ConfigError, DataConfig, suggest
-from src.grading import (
+from src.tasks import (
     MAX_DIGITS,
     ExpressionError,
+    Task,
+    check_chat,
     evaluate_expression,
     final_answer,
     gsm8k_reference,
     has_think_answer_format,
+    in_user_code,
+    is_text,
     last_answer,
     math_is_correct,
     math_reference,
     number_is_correct,
+    own_tasks,
     parse_number,
+    plain_expression,
+    text_of,
 )
-from src.rows import keep_tenth, open_source
 
-logger = logging.getLogger("grpo")
 SPLITS = ("train", "validation", "test")  # of generated problems
-GENERATED_EVAL_SIZE, MAX_EVAL_SIZE = 256, 1000
+GENERATED_EVAL_SIZE = 256
 MAX_ATTEMPTS = 20_000
-HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can hold half a surrogate pair, a tokenizer cannot
-OWN_MODULE = "data_task_file"  # module name of data.task_file
-SYSTEM_PROMPT = (
-    "You are a helpful assistant. You first think about the reasoning process in your mind "
-    "and then provide the user with the answer."
-)
-RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One prompt, tokenized, and what the reward function needs to grade an answer to it."""
-
-    index: int  # position in its split: the sampler's random stream is keyed by it
-    prompt_ids: tuple[int, ...]
-    prompt_text: str
-    reference: dict
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What tasks share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Task:
-    """Rows from data.path or the hub, and one user message. A task of your own may inherit this, but need not."""
-
-    hub_id: str | None = None  # where the rows come from without data.path
-    hub_subset: str | None = None
-    eval_hub_id: str | None = None
-    columns: ClassVar[dict] = {}  # config key -> names of that column in the source; rows have it by the first name
-    system_prompt, response_prefix = SYSTEM_PROMPT, RESPONSE_PREFIX
-    user_prompt = "{prompt}"  # filled from the row
-    offline = False
-    side_of: Callable[[dict], str] | None = None  # row -> split, for a source that is not divided
-
-    def __init__(self, data: DataConfig):
-        self.data = data
-
-    def load(self, split: str) -> list[dict]:
-        """The rows of a split, every one checked."""
-        data, held_out = self.data, split != self.data.train_split
-        train_source = data.path or self.hub_id
-        eval_source = data.eval_path or (None if data.path else self.eval_hub_id) or train_source
-        source, shared = eval_source if held_out else train_source, eval_source == train_source
-        if source is None:
-            raise ConfigError(f"{type(self).__name__} has no problems of its own; name a source in data.path")
-        required = bool(data.subset or not data.path) and (shared or not held_out)
-        parts = open_source(source, data.subset or self.hub_subset, required)
-        is_file = os.path.isfile(os.path.expanduser(source))
-        undivided = list(parts) == ["train"] and (is_file or self.side_of or (held_out and not shared))
-        if split not in parts and not undivided:
-            raise ConfigError(
-                f"{source}: there is no split {split}, only {', '.join(parts)}; set data.train_split or "
-                f"data.eval_split, or data.eval_path to another source"
-            )
-        own_names = held_out and not shared
-        rows = [self.checked(place, row, own_names) for place, row in parts["train" if undivided else split]]
-        if undivided and shared and self.side_of:
-            rows = [row for row in rows if self.side_of(row) == split]
-        elif undivided and shared:
-            rows = keep_tenth(rows, self.columns.get("prompt_column", (None,))[0], held_out)
-        if not rows:
-            raise ConfigError(f"{source}: there are no rows for split {split}; name another split or another source")
-        self.divided_here = bool(undivided and shared)
-        return rows
-
-    def checked(self, place: str, row: dict, own_names: bool) -> dict:
-        """The prepared row, its columns renamed; `own_names`: they may be called as the task does, not the config."""
-        renamed = dict(row)
-        try:
-            for key, own in self.columns.items():
-                configured = getattr(self.data, key)
-                names = ((configured,) if configured else ()) + (own if own_names or not configured else ())
-                found = [row[name] for name in names if row.get(name) is not None]
-                if not found:
-                    raise ConfigError(
-                        f"there is no column {' or '.join(names)} with a value, only {', '.join(row)}; "
-                        f"name it in data.{key}"
-                    )
-                renamed[own[0]] = found[0]
-            return self.prepare(renamed)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
-
-    def prepare(self, row: dict) -> dict:
-        """The row as the other methods want it, or a ConfigError."""
-        return row
-
-    def messages(self, row: dict) -> list[dict]:
-        """The chat that asks: the system message of the config, or else of the task, and user_prompt."""
-        system = self.system_prompt if self.data.system_prompt is None else self.data.system_prompt
-        user = self.user_prompt.format(**row)
-        return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": user}]
-
-
-def text_of(row: dict, column: str) -> str:
-    """The column's text, or a ConfigError; a number counts as text, since that depends on the file's format."""
-    value = row[column]
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not text.strip() or HALF_PAIR.search(text):
-        raise ConfigError(f"column {column} must be a text that is not empty, not {value!r:.80}")
-    return text
 
 
 def graded(correct: bool, completion_text: str) -> dict[str, float]:
@@ -278,7 +173,10 @@ class Countdown(Task):
         return rows
 
     def reward(self, completion_text: str, reference: dict) -> dict[str, float]:
-        """1 for an expression that uses each number exactly once and equals the target, plus 0.1 for the format."""
+        """1 for an expression that uses each number exactly once and equals the target, plus 0.1 for the format.
+
+        It may be one side of an equation, `1 + 2 = 3`, if what the other side says is true.
+        """
         correct = False
         answer = last_answer(completion_text)
         if answer is not None:
@@ -290,9 +188,14 @@ class Countdown(Task):
         return graded(correct, completion_text)
 
     def answer_of(self, completion_text: str) -> str | None:
-        """The expression without blanks."""
+        """The expression in one spelling; an answer that is none stands for itself, without blanks."""
         answer = last_answer(completion_text)
-        return None if answer is None else "".join(answer.split())
+        if answer is None:
+            return None
+        try:
+            return plain_expression(answer)
+        except ExpressionError:
+            return "".join(answer.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +295,7 @@ class Scored(Task):
             raise ConfigError("completions must be a list of at least 2, or there is nothing to prefer")
         for number, completion in enumerate(completions, 1):
             text, score = map(completion.get, ("text", "score")) if isinstance(completion, dict) else (None, None)
-            if not isinstance(text, str) or HALF_PAIR.search(text):
+            if not is_text(text):
                 raise ConfigError(f'completion {number} must be such as {{"text": "...", "score": 1.0}}')
             if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
                 raise ConfigError(f"completion {number} must have a score that is a finite number, not {score!r:.80}")
@@ -417,41 +320,10 @@ class Scored(Task):
 TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math, "scored": Scored}
 
 
-@contextmanager
-def in_user_code(module: str, doing: str):
-    """What data.task_file raises becomes one sentence with file and line; errors of our own tasks pass as they are."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        if module != OWN_MODULE:
-            raise
-        file = sys.modules[OWN_MODULE].__file__
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            lines, error = [error.lineno], SyntaxError(error.msg)
-        line = f" line {lines[-1]}" if lines else ""
-        raise ConfigError(f"{file}{line}: {doing}: {type(error).__name__}: {error}") from error
-
-
-def own_tasks(file: str) -> dict[str, type]:
-    """The classes that a Python file defines."""
-    if not os.path.isfile(file) or not file.endswith(".py"):
-        raise ConfigError(f"data.task_file: {file} is not a Python file; name one with a class for the task")
-    spec = importlib.util.spec_from_file_location(OWN_MODULE, file)
-    assert spec is not None and spec.loader is not None  # there is one for .py
-    module = sys.modules[OWN_MODULE] = importlib.util.module_from_spec(spec)  # there, because dataclasses look it up
-    with in_user_code(OWN_MODULE, "data.task_file cannot be imported"):
-        spec.loader.exec_module(module)
-    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
-    return {name: value for name, value in classes.items() if value.__module__ == OWN_MODULE}
-
-
 def get_task(name: str, data: DataConfig | None = None):
     """The task called `name`: a class of data.task_file (case and underscores do not count), or else one of TASKS."""
     data = DataConfig() if data is None else data
-    own = own_tasks(os.path.expanduser(data.task_file)) if data.task_file else {}
+    own = own_tasks(data.task_file) if data.task_file else {}
     found = [own[key] for key in own if key.replace("_", "").lower() == name.replace("_", "").lower()]
     found = list(dict.fromkeys(found)) or ([TASKS[name]] if name in TASKS else [])
     if len(found) != 1:
@@ -469,111 +341,3 @@ def get_task(name: str, data: DataConfig | None = None):
         raise ConfigError(f"{data.task_file}: {found[0].__name__}.data is the DataConfig; use another name")
     task.data = data
     return task
-
-
-def load_split(task, split: str) -> list[dict]:
-    """The rows of a split; what a task of the user's own returns is checked."""
-    name, data = type(task).__name__, task.data
-    if data.eval_path and data.train_split == data.eval_split:
-        raise ConfigError(f"data.train_split and eval_split are both {split}, so data.eval_path would not be read")
-    with in_user_code(type(task).__module__, f"{name}.load({split!r})"):
-        rows = list(task.load(split))
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"data.task_file: {name}.load({split!r}) must return a list of at least one dict")
-    return rows
-
-
-def load_train_rows(task) -> list[dict]:
-    """All rows of data.train_split."""
-    return load_split(task, task.data.train_split)
-
-
-def load_eval_rows(task) -> list[dict]:
-    """The fixed evaluation rows: data.eval_size rows of data.eval_split, drawn by data.seed alone."""
-    rows = load_split(task, task.data.eval_split)
-    if getattr(task, "eval_is_generated", False):
-        return rows
-    random.Random(f"evaluation {task.data.seed}").shuffle(rows)
-    share = 1 if getattr(task, "divided_here", False) else 10  # not a tenth of a tenth
-    return rows[: task.data.eval_size or max(1, min(MAX_EVAL_SIZE, len(rows) // share))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems: rows as prompts of token ids
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_chat(messages, what: str) -> None:
-    """ConfigError unless it is a list of messages with a role and a content that are texts."""
-    good = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        and not HALF_PAIR.search(message["content"])
-        for message in messages
-    )
-    if not good or not any(message["content"].strip() for message in messages):
-        raise ConfigError(f'{what} must be a chat such as [{{"role": "user", "content": "..."}}], not {messages!r:.80}')
-
-
-def chat_of(task, row: dict) -> list[dict]:
-    """What the task asks, with the system message of the config or, if it has none itself, of the task's attribute."""
-    messages = task.messages(row)
-    check_chat(messages, f"{type(task).__name__}.messages")
-    has_system = messages[0]["role"] == "system"
-    system = task.data.system_prompt
-    if system is None:
-        system = messages[0]["content"] if has_system else getattr(task, "system_prompt", "")
-    return [{"role": "system", "content": system}] * bool(system) + messages[has_system:]
-
-
-def make_problems(task, rows: list[dict], tokenizer, max_prompt_len: int) -> list[Problem]:
-    """Render and tokenize every row's prompt; prompts that are too long are left out (the caller logs how many).
-
-    A chat template also receives the row as `problem`. Raw text is the messages, joined by blank lines.
-    """
-    from jinja2 import TemplateError  # here: --help must stay instant
-
-    data = task.data
-    if data.prompt_format == "chat" and tokenizer.chat_template is None:
-        raise ConfigError("data.prompt_format is chat, but the tokenizer has no chat template; set it to raw")
-    raw = data.prompt_format == "raw" or tokenizer.chat_template is None
-    reads_row = "problem" in str(tokenizer.chat_template)  # else do not copy it for every prompt
-    prefix = getattr(task, "response_prefix", "") if data.response_prefix is None else data.response_prefix
-    texts = []
-    for row in rows:
-        with in_user_code(type(task).__module__, f"{type(task).__name__}.messages"):
-            messages = chat_of(task, row)
-        if raw:
-            text = "\n\n".join(message["content"] for message in messages) + "\n"
-        else:
-            # date_string: some templates (Llama 3.2) write today's date, and tomorrow's run would have other prompts
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    problem=row if reads_row else None,
-                    date_string="26 Jul 2024",
-                )
-            except TemplateError as error:
-                raise ConfigError(
-                    f"the model's chat template refuses the prompt ({error}); if it knows no system message, set "
-                    f'data.system_prompt: ""'
-                ) from error
-        texts.append(text + prefix)
-    if len(set(texts)) == 1 < len({json.dumps(row, sort_keys=True, default=str) for row in rows[:100]}):
-        raise ConfigError(
-            "the model's chat template renders every prompt of this task alike, as that of models/countdown-tiny does "
-            "for all tasks but countdown; take another model, or set data.prompt_format: raw"
-        )
-    all_ids = tokenizer(texts, add_special_tokens=raw, return_attention_mask=False).input_ids
-    unknown = sum(ids.count(getattr(tokenizer, "unk_token_id", None)) for ids in all_ids)
-    unknown /= max(1, sum(map(len, all_ids)))
-    if unknown > 0.1:
-        logger.warning(f"the model's tokenizer does not know {unknown:.0%} of the prompts' tokens; take another model")
-    return [
-        Problem(index, tuple(ids), text, row)
-        for index, (ids, text, row) in enumerate(zip(all_ids, texts, rows, strict=True))
-        if 0 < len(ids) <= max_prompt_len
-    ]

@@ -1,10 +1,44 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share; and the tests on two cores, one thread each."""
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import src  # noqa: F401  before torch: how its threads wait
+
+WORKERS = 2
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, also by the processes that tests start
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """Two workers where pytest-xdist is installed and nobody asked for another number; none under a debugger."""
+    options = config.option
+    if IS_WORKER or options.usepdb or options.collectonly or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if options.numprocesses is None:
+        options.numprocesses, options.dist = min(WORKERS, os.cpu_count() or 1), "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A worker sends its report as UTF-8, and hostile texts of some tests are not."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """What an engine last did in a test is not told of in the output of the next one."""
+    yield
+    if "src.run.console" in sys.modules:
+        sys.modules["src.run.console"].progress.rest()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
 """What the processes of tests/test_distributed.py run: torchrun ... distributed_worker.py PLAN.json
 
-The plan names what to do; what a process found is in <folder>/rank_<number>.pt.
+The plan names what to do; what a process found is in <folder>/task_<number>_rank_<number>.pt.
 """
 
 import json
 import os
 import signal
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,42 +16,46 @@ import torch
 
 from src import train_grpo
 from src.config import Config, load_config
-from src.distributed import rank, session
+from src.engine import session
+from src.engine.distributed import rank
+from src.engine.sharding import full
 from src.prepare import prepare
-from src.sharding import full, sum_gradients
-from src.stop import leave
-from src.train_grpo import add_advantages, add_loss_weights, backward, questions_of_step, run_training, sample
+from src.run import Run
+from src.run.stop import leave
+from src.train_grpo import objective, problems_of_step, run_training, wanted, with_advantages, with_loss_weights
 
 
 def gradient_of_a_step(config: Config) -> dict[str, torch.Tensor]:
     """Of the first step's first update, over all processes, whole."""
-    run = prepare(config, "countdown")
-    training = replace(config.training, tau=run.controllers.tau, beta=run.controllers.beta)
+    run, training = prepare(config, "countdown"), config.training
+    run.engine.begin(1)
     per_prompt = training.batch_size // training.num_questions_per_batch
-    groups = sample(run, questions_of_step(run, 1), per_prompt, training.temperature, 1)
-    weighted = add_loss_weights(add_advantages(groups, training, run.task), training)
-    backward(run, weighted, training, on_policy=True, use_anchor=True, stoppable=False)
-    sum_gradients(run.model)
-    return {name: full(p.grad) for name, p in run.model.named_parameters() if p.grad is not None}
+    groups = run.sample(problems_of_step(run, 1), per_prompt, stream=1)
+    weighted = with_loss_weights(with_advantages(groups, training, run.task), training)
+    run.engine.forward_backward(weighted, partial(objective, training), **wanted(training, anchor=True))
+    return {name: full(p.grad) for name, p in run.engine.model.named_parameters() if p.grad is not None}
 
 
-def train(config: Config, folder: str) -> dict:
-    """A run; what each process has at its end, which must be the same everywhere."""
-    finish = train_grpo.finish
+def train(config: Config, folder: str, keep: Callable[[dict], None] = lambda found: None) -> dict:
+    """A run; what each process has after each of its steps, which must be the same everywhere."""
+    found: dict = {"steps": {}}
+    record, finish = Run.record, Run.finish
 
-    def look(run, *rest):
-        found.update(controllers=run.controllers.state_dict(), metrics=rest[-1], trained=run)
-        finish(run, *rest)
+    def recorded(run, *arguments):
+        record(run, *arguments)
+        controllers = run.state["controllers"].state_dict()
+        found["steps"][run.done] = {"controllers": controllers, **run.metrics, **run.last_evaluation}
+        keep(found)
 
-    found: dict = {}
-    with patch.object(train_grpo, "finish", look):
-        last = run_training(config, "countdown", folder)
-    run = found.pop("trained", None)
-    weights = {name: full(weight) for name, weight in run.model.state_dict().items()} if run else {}
-    return found | {"weights": weights, "last": last}
+    def finished(run):
+        found["weights"] = {name: full(weight) for name, weight in run.engine.model.state_dict().items()}
+        finish(run)
+
+    with patch.object(Run, "record", recorded), patch.object(Run, "finish", finished):
+        return found | {"last": run_training(config, "countdown", folder)}
 
 
-def die_in_step(config: Config, folder: str, step: int, which: int) -> None:
+def die_in_step(config: Config, folder: str, keep: Callable[[dict], None], step: int, which: int) -> None:
     """Process `which` is killed in the middle of a step."""
     update = train_grpo.update
 
@@ -60,7 +65,7 @@ def die_in_step(config: Config, folder: str, step: int, which: int) -> None:
         return update(run, groups, now)
 
     with patch.object(train_grpo, "update", killed):
-        run_training(config, "countdown", folder)
+        train(config, folder, keep)
 
 
 def main() -> None:
@@ -68,13 +73,13 @@ def main() -> None:
     with session():
         for number, (what, file, overrides, folder, *more) in enumerate(plan["tasks"]):
             config = load_config(file, overrides)
+            keep = partial(torch.save, f=Path(plan["folder"]) / f"task_{number}_rank_{rank()}.pt")
             if what == "gradient":
-                found = gradient_of_a_step(config)
+                keep(gradient_of_a_step(config))
             elif what == "train":
-                found = train(config, folder)
+                keep(train(config, folder))
             else:
-                found = die_in_step(config, folder, *more)
-            torch.save(found, Path(plan["folder"]) / f"task_{number}_rank_{rank()}.pt")
+                die_in_step(config, folder, keep, *more)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """What only a CPU in bf16 runs: attention by matrix products, and weights in the order of the processor."""
 
-from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from test_packing import make_pair
-from test_sampler import TOKENIZER, make_prompts, settings, tokens_of
+from test_sampler import sample, tokens_of
 from torch.nn.functional import scaled_dot_product_attention
 
-import src.cpu_weights
-from src import cpu_attention
 from src.config import LoraConfig
-from src.cpu_weights import gathered, in_order_of_the_processor
-from src.packing import pack
-from src.sampler import rollout
-from src.scoring import score
+from src.engine import cpu_attention, cpu_weights
+from src.engine.cpu_weights import gathered, in_order_of_the_processor
+from src.engine.packing import pack
+from src.engine.scoring import score
 
 
 def make_attention(segments=5, heads=6, kv_heads=2, width=11, prefix=7, head_dim=16):
@@ -79,15 +76,23 @@ def bf16_model(request):
     return make_pair(request.param)[0].to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("reordered", [True, False])
-def test_what_is_sampled_has_the_trainers_logprobs(bf16_model, reordered):
-    with patch.object(src.cpu_weights, "applies", lambda *_: reordered):
-        groups = rollout(bf16_model, TOKENIZER, make_prompts(), 8, replace(settings(5), temperature=0.9))
-    assert not any("forward" in vars(module) for module in bf16_model.modules())  # taken away after the rollout
-    batch = pack(groups, "cpu", torch.bfloat16)
+def check_mismatch(model, temperature: float) -> None:
+    """What is sampled has the trainer's log-probs."""
+    row = pack(sample(model, 8, slots=5, temperature=temperature), "cpu", torch.bfloat16)
     with torch.no_grad():
-        mismatch = (batch.sampled_logprobs - score(bf16_model, batch, 0.9).logprobs).abs()
+        mismatch = (row.batch.sampled_logprobs - score(model, row, temperature).logprobs).abs()
     assert float(mismatch.mean()) < 0.03 and float(mismatch.max()) < 0.5
+    assert not any("forward" in vars(module) for module in model.modules())  # the copies are taken away
+
+
+@pytest.mark.parametrize("reordered", [True, False])
+def test_what_is_sampled_has_the_trainers_logprobs_also_after_an_update(bf16_model, reordered):
+    with patch.object(cpu_weights, "applies", lambda *_: reordered):
+        check_mismatch(bf16_model, 0.9)
+        with torch.no_grad():
+            for parameter in bf16_model.parameters():
+                parameter.mul_(-0.7)
+        check_mismatch(bf16_model, 1.0)
 
 
 def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_model):
@@ -115,36 +120,22 @@ def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_mo
         torch.testing.assert_close(other, attention.k_proj(hidden + 1), atol=0.01, rtol=0.01)
 
 
-def test_weights_are_reordered_anew_for_each_rollout(bf16_model):
-    rollout(bf16_model, TOKENIZER, make_prompts(), 4, settings())
-    with torch.no_grad():
-        for parameter in bf16_model.parameters():
-            parameter.mul_(-0.7)
-    groups = rollout(bf16_model, TOKENIZER, make_prompts(), 4, settings())
-    batch = pack(groups, "cpu", torch.bfloat16)
-    with torch.no_grad():
-        mismatch = (batch.sampled_logprobs - score(bf16_model, batch, 1.0).logprobs).abs()
-    assert float(mismatch.mean()) < 0.03
-
-
-def test_an_error_inside_takes_the_copies_away(bf16_model):
+def test_reordering_is_left_out_in_fp32_and_where_memory_is_short_and_an_error_takes_the_copies_away(bf16_model):
     with pytest.raises(ZeroDivisionError), in_order_of_the_processor(bf16_model, 4, 1e12):
+        assert any("forward" in vars(module) for module in bf16_model.modules())
         1 / 0  # noqa: B018
     assert not any("forward" in vars(module) for module in bf16_model.modules())
-
-
-def test_reordering_is_left_out_in_fp32_and_where_memory_is_short(bf16_model):
-    assert src.cpu_weights.applies(bf16_model, 1e12)
-    assert not src.cpu_weights.applies(bf16_model, 3 * sum(p.nbytes for p in bf16_model.parameters()))
-    assert not src.cpu_weights.applies(bf16_model.float(), 1e12)
+    assert cpu_weights.applies(bf16_model, 1e12)
+    assert not cpu_weights.applies(bf16_model, 3 * sum(p.nbytes for p in bf16_model.parameters()))
+    assert not cpu_weights.applies(bf16_model.float(), 1e12)
 
 
 def test_an_adapters_base_layers_are_reordered_one_by_one():
-    from src.lora import add_adapter  # here, because it imports peft
+    from src.engine.lora import add_adapter  # here, because it imports peft
 
     model = add_adapter(make_pair("llama")[0].to(torch.bfloat16), LoraConfig(r=2), 0)
     groups = gathered(model)
     assert all(len(group) == 1 for group in groups) and len(groups) > 14
     with torch.inference_mode(), in_order_of_the_processor(model, 4, 1e12):
         assert sum("forward" in vars(module) for module in model.modules()) == len(groups)
-    assert len(tokens_of(rollout(model, TOKENIZER, make_prompts(), 2, settings()))) == 12
+    assert len(tokens_of(sample(model, 2))) == 12

@@ -7,33 +7,27 @@ same tensors, without Python. What only a GPU can show is that torch accepts the
 import gc
 import logging
 import weakref
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from test_packing import SHAPE, make_pair
-from test_sampler import EOS, TOKENIZER, make_prompts, settings, tokens_of
+from test_sampler import EOS, TOKENIZER, make_prompts, sample, settings, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import src.cuda_decoding
-import src.sampler
-from src.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
-from src.decoding import GroupedAttention, JoinedAttention
-from src.packing import pack
-from src.sampler import SlotDecoder, cache_bytes, fit_to_memory, rollout
-from src.scoring import score
+from src.engine import cuda_decoding, sampler
+from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
+from src.engine.decoding import GroupedAttention, JoinedAttention
+from src.engine.packing import pack
+from src.engine.sampler import SlotDecoder, cache_bytes, fit_to_memory
+from src.engine.scoring import score
 
-# where the host waits for the device, or a shape depends on data; the last: torch.tensor(...), which copies to it
-NOT_IN_A_GRAPH = (
-    "_local_scalar_dense",
-    "nonzero",
-    "unique",
-    "isin",  # by sorting, when there are many
-    "masked_select",
-    "equal.default",
-    "lift_fresh",
-)
+# where the host waits for the device, or a shape depends on data: isin sorts when there are many, and lift_fresh is
+# torch.tensor(...), which copies to the device
+NOT_IN_A_GRAPH = ("_local_scalar_dense", "nonzero", "unique", "isin", "masked_select", "equal.default", "lift_fresh")
+MODES = ["captured", "captured, flash", "joined for the last"]
 
 
 class Recording(TorchDispatchMode):
@@ -88,25 +82,25 @@ def flash_stand_in(query, keys, values, offsets, used, longest, scaling):
 @pytest.fixture
 def flash_on_cpu(monkeypatch):
     """Flash attention where the tests run, in fp32, by the stand-in. What was tried before is forgotten."""
-    monkeypatch.setattr(src.cuda_decoding, "HALF", (torch.float32,))
-    monkeypatch.setattr(src.cuda_decoding, "flash", flash_stand_in)
+    monkeypatch.setattr(cuda_decoding, "HALF", (torch.float32,))
+    monkeypatch.setattr(cuda_decoding, "flash", flash_stand_in)
     flash_works.cache_clear()
     yield
     flash_works.cache_clear()
 
 
-@pytest.fixture(params=["captured", "captured, flash", "joined for the last"])
+@pytest.fixture(params=MODES)
 def mode(request, monkeypatch):
     """Another way to decode, and a function that goes back to the grouped layout."""
-    monkeypatch.setattr(src.sampler, "FEW", 0)
+    monkeypatch.setattr(sampler, "FEW", 0)
     if request.param == "captured, flash":
         request.getfixturevalue("flash_on_cpu")
 
     def switch_on():
         if request.param == "joined for the last":
-            monkeypatch.setattr(src.sampler, "FEW", 1000)
-        else:
-            monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
+            monkeypatch.setattr(sampler, "FEW", 1000)
+        elif "captured" in request.param:
+            monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
             monkeypatch.setattr(PaddedAttention, "width_step", 8)
             monkeypatch.setattr(StepRunner, "capture", record)
 
@@ -138,43 +132,49 @@ CASES = {
     "all end tokens": {"eos": tuple(range(SHAPE["vocab_size"]))},
     "no end token": {"eos": ()},
     "one token": {"new": 1},
-    "cut": {"top_k": 9, "top_p": 0.9, "min_p": 0.01},
 }
 
 
-@pytest.mark.parametrize("slots", [1, 7, 64])
-@pytest.mark.parametrize("case", CASES)
+@cache
+def reference(case: str, slots: int):
+    """In the grouped layout, whatever the mode of the test that asks first."""
+    return sample(make_pair("llama")[0], slots=slots, **CASES[case])
+
+
+@pytest.mark.parametrize("case, slots", [("ragged", 1), *((case, slots) for case in CASES for slots in (7, 64))])
 def test_every_way_to_decode_gives_the_same_completions(mode, case, slots):
-    packed, _ = make_pair("llama")
-    options = settings(slots, **CASES[case])
-    reference = rollout(packed, TOKENIZER, make_prompts(), 4, options)
+    expected = reference(case, slots)
     mode()
-    assert_same(rollout(packed, TOKENIZER, make_prompts(), 4, options), reference)
+    assert_same(sample(make_pair("llama")[0], slots=slots, **CASES[case]), expected)
 
 
 @pytest.mark.parametrize("slots", [5, 64])
-def test_episodes_that_fail_are_left_out_and_harm_no_other(mode, slots):
+def test_episodes_that_fail_are_left_out_and_harm_no_other(monkeypatch, mode, slots):
+    monkeypatch.setattr(sampler, "ATTEMPTS", 2)
     packed, _ = make_pair("llama")
-    problems = make_prompts((4, 7, 5) * 10)
+    problems = make_prompts((4, 7, 5) * 6)
     with torch.no_grad():
         embedding = packed.get_input_embeddings().weight
         packed.get_output_embeddings().weight = torch.nn.Parameter(embedding.clone())  # the head stays whole
         embedding[17] = torch.nan
-    reference = rollout(packed, TOKENIZER, problems, 2, settings(slots, max_retry_rounds=1))
-    assert 10 < len(reference) < 30
+    expected = sample(packed, 2, problems, slots)
+    assert 5 < len(expected) < 18
     mode()
-    assert_same(rollout(packed, TOKENIZER, problems, 2, settings(slots, max_retry_rounds=1)), reference)
+    assert_same(sample(packed, 2, problems, slots), expected)
 
 
+@pytest.mark.parametrize("mode", ["grouped", *MODES], indirect=True)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "granite"])
 @pytest.mark.parametrize("slots", [5, 64])
 def test_logprobs_equal_the_trainers_and_greedy_equals_generate(mode, name, slots):
     packed, plain = make_pair(name)
     mode()
-    batch = pack(rollout(packed, TOKENIZER, make_prompts(), 4, settings(slots, 0.8)), "cpu", torch.float32)
+    groups = sample(packed, slots=slots, temperature=0.8)
+    assert len({len(ids) for ids in tokens_of(groups)}) > 3, "lengths must be ragged for this to mean anything"
+    row = pack(groups, "cpu", torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(batch.sampled_logprobs, score(packed, batch, 0.8).logprobs, atol=1e-4, rtol=0)
-    for group in rollout(packed, TOKENIZER, make_prompts(), 1, settings(slots, temperature=0.0)):
+        torch.testing.assert_close(row.batch.sampled_logprobs, score(packed, row, 0.8).logprobs, atol=1e-4, rtol=0)
+    for group in sample(packed, 1, slots=slots, temperature=0.0):
         prompt = torch.tensor([group.problem.prompt_ids])
         expected = plain.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=list(EOS), pad_token_id=0)
         assert group.episodes[0].token_ids == tuple(expected[0, prompt.shape[1] :].tolist())
@@ -182,38 +182,39 @@ def test_logprobs_equal_the_trainers_and_greedy_equals_generate(mode, name, slot
 
 def test_the_modes_above_do_what_they_are_called(mode, monkeypatch):
     packed, _ = make_pair("llama")
-    joins, steps = count_calls(monkeypatch, src.sampler, "join"), count_calls(monkeypatch, SlotDecoder, "step")
+    joins, steps = count_calls(monkeypatch, sampler, "join"), count_calls(monkeypatch, SlotDecoder, "step")
     replays = count_calls(monkeypatch, Recording, "replay")
-    layouts = {kind: count_calls(monkeypatch, kind, "arrange") for kind in (PaddedAttention, FlashAttention)}
-    rollout(packed, TOKENIZER, make_prompts(), 4, settings(7))
+    flash = count_calls(monkeypatch, FlashAttention, "arrange")
+    sample(packed, slots=7)
     assert not joins and not replays
     steps.clear()
     mode()
-    rollout(packed, TOKENIZER, make_prompts(), 4, settings(7))
-    if mode.name == "joined for the last":
-        assert len(joins) == 1 and not replays
-    else:
-        assert not joins and len(replays) > len(steps)  # a shape's first step, and its capture
-        assert len(layouts[FlashAttention]) > 1 if "flash" in mode.name else not layouts[FlashAttention]
+    sample(packed, slots=7)
+    assert len(joins) == (mode.name == "joined for the last") and ("flash" in mode.name) == (len(flash) > 1)
+    assert len(replays) > len(steps) if "captured" in mode.name else not replays  # a shape's first step, and capture
 
 
-def test_a_captured_step_sees_new_weights(monkeypatch, mode):
+@pytest.mark.parametrize("mode", ["grouped", *MODES], indirect=True)
+def test_weights_are_used_in_place(monkeypatch, mode):
+    """After an update the next rollout is that of the new weights, also where steps were captured."""
     packed, _ = make_pair("llama")
     mode()
-    before = rollout(packed, TOKENIZER, make_prompts(), 2, settings())
+    before = sample(packed, 2)
     with torch.no_grad():
         for parameter in packed.parameters():
             parameter.mul_(1.2)
-    after = rollout(packed, TOKENIZER, make_prompts(), 2, settings())
+    after = sample(packed, 2)
     assert tokens_of(after) != tokens_of(before)
     monkeypatch.undo()
-    assert_same(rollout(packed, TOKENIZER, make_prompts(), 2, settings()), after)
+    fresh = make_pair("llama")[0]
+    fresh.load_state_dict(packed.state_dict())
+    assert_same(sample(fresh, 2), after)
 
 
 def test_there_are_few_sizes_of_captured_steps(monkeypatch):
     eager = StepRunner(torch.device("cpu"))
     assert [eager.rows(live, 64) for live in (64, 57, 56, 1)] == [64, 64, 56, 1]
-    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
     runner = StepRunner(torch.device("cpu"))
     assert sorted({runner.rows(live, 50) for live in range(1, 51)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 50]
     for live in range(1, 301):
@@ -222,7 +223,7 @@ def test_there_are_few_sizes_of_captured_steps(monkeypatch):
 
 def test_a_capture_that_fails_is_told_once_and_the_steps_run(monkeypatch, caplog):
     """torch without CUDA cannot make a graph, which is a RuntimeError as any other."""
-    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
     monkeypatch.setattr(StepRunner, "works", True)
     steps = []
     for _ in range(2):
@@ -250,14 +251,14 @@ def test_flash_attention_decodes_where_its_trial_succeeds(monkeypatch, flash_on_
         output = flash_stand_in(query, keys, values, offsets, used, longest, scaling)
         return output * torch.nan if broken == "NaN" else output
 
-    monkeypatch.setattr(src.cuda_decoding, "flash", flash)
+    monkeypatch.setattr(cuda_decoding, "flash", flash)
     assert layout_for(packed) is GroupedAttention
-    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
     with caplog.at_level(logging.WARNING, "grpo"):
         layouts = {layout_for(packed) for _ in range(3)}
     assert layouts == {PaddedAttention if broken else FlashAttention}
     assert len(caplog.records) == bool(broken) and "many lines" not in caplog.text
-    monkeypatch.setattr(src.cuda_decoding, "HALF", (torch.bfloat16,))
+    monkeypatch.setattr(cuda_decoding, "HALF", (torch.bfloat16,))
     assert layout_for(packed) is PaddedAttention  # the kernel has no fp32: that is not worth a warning
     assert len(caplog.records) == bool(broken)
 
@@ -309,18 +310,18 @@ def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(flash_
 @pytest.mark.parametrize("graphs", [(), ("cpu",)])
 def test_the_caches_take_what_was_reckoned_and_are_freed_at_once(monkeypatch, graphs):
     packed, _ = make_pair("llama")
-    monkeypatch.setattr(src.cuda_decoding, "GRAPHS_ON", graphs)
+    monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", graphs)
     problems = make_prompts((9, 14, 3))
     slot, prompt = cache_bytes(packed, 14, 24)
     with torch.inference_mode():
-        decoder = SlotDecoder(packed, TOKENIZER, problems, 4, 12, settings(), 0)
+        decoder = SlotDecoder(packed, TOKENIZER, problems, 4, 12, settings())
         decoder.run()
     attention = decoder.attention
     if graphs:
         logits = 2 * 8 * SHAPE["vocab_size"]
         assert sum(part.nbytes for part in attention.keys + attention.values) == 12 * (slot - logits)
         assert attention.prompt_keys.nbytes + attention.prompt_values.nbytes == 3 * prompt
-    monkeypatch.setattr(src.sampler, "free_memory", lambda device: (5 * slot + 2 * prompt) / src.sampler.MEMORY_SHARE)
+    monkeypatch.setattr(sampler, "free_memory", lambda device: (5 * slot + 2 * prompt) / sampler.MEMORY_SHARE)
     assert fit_to_memory(packed, problems, 4, settings())[0] in (4, 5)
     freed = weakref.ref(decoder.attention)
     gc.disable()
@@ -333,8 +334,8 @@ def test_the_caches_take_what_was_reckoned_and_are_freed_at_once(monkeypatch, gr
 
 def test_joining_takes_no_more_memory_than_there_was(monkeypatch):
     packed, _ = make_pair("llama")
-    monkeypatch.setattr(src.sampler, "FEW", 1000)
-    original, sizes = src.sampler.join, []
+    monkeypatch.setattr(sampler, "FEW", 1000)
+    original, sizes = sampler.join, []
 
     def join(grouped, *rest):
         before = sum(part.nbytes for part in grouped.keys + grouped.values)
@@ -343,7 +344,7 @@ def test_joining_takes_no_more_memory_than_there_was(monkeypatch):
         assert not any(part.numel() for part in grouped.keys + grouped.values)
         return joined
 
-    monkeypatch.setattr(src.sampler, "join", join)
-    rollout(packed, TOKENIZER, make_prompts(), 4, settings(24))
-    rollout(packed, TOKENIZER, make_prompts((40, 3)), 1, settings(2))  # too long a prompt for it
+    monkeypatch.setattr(sampler, "join", join)
+    sample(packed, slots=24)
+    sample(packed, 1, make_prompts((40, 3)), 2)  # too long a prompt for it
     assert len(sizes) == 1 and sizes[0][0] <= sizes[0][1]

@@ -9,20 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from src.evaluate import (
-    accuracy_line,
-    answers_of,
-    completions_table,
-    confidence,
-    majority_at_k,
-    majority_is_correct,
-    pass_at_k,
-    ranking_metrics,
-    summarize,
-    write_report,
-)
-from src.packing import Episode, Group
-from src.rl_datasets import Problem
+from src.records import Episode, Group, Problem
+from src.run.report import accuracy_line, completions_table, headline, write_report
+from src.tasks import answers_of, confidence, pass_at_k, ranking_metrics, summarize
+from src.tasks.accuracy import majority_at_k, majority_is_correct
 
 
 class Voting:
@@ -34,17 +24,17 @@ class Voting:
 
 
 def episode(text: str, right: float, length: int = 2, finished: bool = True, **parts: float) -> Episode:
+    """The policy wrote `length` tokens, and another one was put there."""
     reward_parts = {"reward": right, "answer": float(right), **parts}
-    return Episode((5,) * length, (-0.5,) * length, finished, text, float(right), reward_parts)
+    written = (*(True,) * length, False)
+    return Episode((5,) * (length + 1), (-0.5,) * length, finished, text, written, float(right), reward_parts)
 
 
 def group(index: int, *episodes: Episode) -> Group:
     return Group(Problem(index, (1, 2, 3), f"prompt {index}", {}), episodes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pass@k, confidence
-# ---------------------------------------------------------------------------------------------------------------------
+# --- pass@k, confidence -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("samples", range(1, 7))
@@ -61,28 +51,21 @@ def test_confidence_by_hand():
     assert math.isnan(confidence([]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Majority vote
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Majority vote ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("answers", "correct", "expected"),
     [
-        (["7", "7", "8"], [1, 1, 0], 1.0),
-        (["7", "8", "8"], [1, 0, 0], 0.0),
-        (["7", "8"], [1, 0], 0.5),  # a tie
+        (["7", "7", "8"], [1, 1, 0], 1.0), (["7", "8", "8"], [1, 0, 0], 0.0), (["7", "8"], [1, 0], 0.5),  # a tie
         (["7", "8", "9", "9", "8", "6"], [0, 1, 0, 0, 1, 0], 0.5),  # 8 and 9 are tied, 6 and 7 do not count
-        (["7", "8", "9"], [0, 0, 1], 1 / 3),
-        ([None, None, None, "7"], [0, 0, 0, 1], 1.0),  # no answer is no vote
-        ([None, None, None, "7"], [0, 0, 0, 0], 0.0),
-        ([None, None], [0, 0], 0.0),
-        ([None, None], [1, 1], 0.0),
+        (["7", "8", "9"], [0, 0, 1], 1 / 3), ([None, None, None, "7"], [0, 0, 0, 1], 1.0),  # no answer is no vote
+        ([None, None, None, "7"], [0, 0, 0, 0], 0.0), ([None, None], [0, 0], 0.0), ([None, None], [1, 1], 0.0),
         (["7", "7", "7", "8"], [1, 1, 0, 1], 2 / 3),  # graded differently
         (["", "", "8"], [1, 1, 0], 1.0),  # an empty text is an answer
         ([], [], 0.0),
     ],
-)
+)  # fmt: skip
 def test_majority_by_hand(answers, correct, expected):
     assert majority_is_correct(answers, [bool(right) for right in correct]) == pytest.approx(expected)
 
@@ -108,18 +91,11 @@ def test_majority_is_a_share_of_all_problems():
     assert majority_at_k(groups, Voting(), 5) == pytest.approx(1.5 / 5), "two were left out by the sampler"
 
 
-def test_a_task_without_answer_of_votes_by_the_final_answer():
+def test_without_answer_of_the_final_answer_votes_and_what_is_no_text_is_compared_as_one():
     texts = ["so <answer>7</answer>", "\\boxed{8} no, <answer> 7 </answer>", "7"]
-    found = answers_of(object(), texts)
-    assert [None if answer is None else answer.strip() for answer in found] == ["7", "7", None]
-
-
-def test_answers_that_are_not_texts_are_compared_as_texts():
-    class Numbers:
-        def answer_of(self, text):
-            return {"a": 7, "b": [7], "c": None}[text]
-
-    assert answers_of(Numbers(), ["a", "b", "c"]) == ["7", "[7]", None]
+    assert answers_of(object(), texts) == ["7", "7", None]
+    numbers = type("Numbers", (), {"answer_of": lambda self, text: {"a": 7, "b": [7], "c": None}[text]})
+    assert answers_of(numbers(), ["a", "b", "c"]) == ["7", "[7]", None]
 
 
 def test_an_answer_of_that_raises_is_a_warning_and_no_answer(caplog, monkeypatch):
@@ -133,9 +109,7 @@ def test_an_answer_of_that_raises_is_a_warning_and_no_answer(caplog, monkeypatch
     assert message.startswith("Broken.answer_of: IndexError: string index out of range (2 of 3 completions")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# summarize
-# ---------------------------------------------------------------------------------------------------------------------
+# --- summarize --------------------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_by_hand():
@@ -147,17 +121,12 @@ def test_an_evaluation_by_hand():
     ]
     metrics = summarize(4, greedy, sampled, 4, Voting())  # one problem of four was left out
     expected = {
-        "eval/greedy": 2 / 4,
-        "eval/greedy_ci95": 1.96 * 0.5 / 2,
-        "eval/pass@1": (3 / 4 + 1 / 4) / 4,
+        "eval/greedy": 2 / 4, "eval/greedy_ci95": 1.96 * 0.5 / 2, "eval/pass@1": (3 / 4 + 1 / 4) / 4,
         "eval/pass@1_ci95": 1.96 * math.sqrt((0.75**2 + 0.25**2) / 4 - 0.25**2) / 2,
         "eval/pass@2": (1 + 1 / 2 + 0 + 0) / 4,  # 3 of 4 right: any two; 1 of 4: half of the pairs
-        "eval/pass@4": 2 / 4,
-        "eval/majority@4": 1 / 4,
-        "eval/style": (3 + 0 + 1 + 0 + 2) / 12,
-        "eval/length": (12 + 2 + 6 + 6 + 12) / 12,
-        "eval/finished": 9 / 12,
-    }
+        "eval/pass@4": 2 / 4, "eval/majority@4": 1 / 4, "eval/reward/style": (3 + 0 + 1 + 0 + 2) / 12,
+        "eval/length": (12 + 2 + 6 + 6 + 12) / 12, "eval/finished": 9 / 12,
+    }  # fmt: skip
     assert metrics == pytest.approx(expected)
     assert list(metrics) == list(expected), "the order of the headline"
 
@@ -192,11 +161,13 @@ def test_the_headline():
     metrics = {"eval/greedy": 0.5, "eval/greedy_ci95": 0.1, "eval/pass@1": 0.25, "eval/pass@1_ci95": 0.05}
     metrics |= {"eval/pass@2": 0.4, "eval/pass@4": 0.75, "eval/majority@4": 0.3, "eval/length": 12.34}
     assert accuracy_line(metrics) == "greedy 50.0% (+-10.0%), pass@1 25.0% (+-5.0%), pass@4 75.0%, length 12.3"
+    assert headline(metrics) == 0.25
+    ranking = ranking_metrics([[1.0, 0.0]], [[math.log(0.75), math.log(0.25)]])
+    line = "pair accuracy 100.0% (+-0.0%), expected score 0.750 (+-0.000), best completion 75.0% (+-0.0%)"
+    assert (accuracy_line(ranking), headline(ranking)) == (line, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranking
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Ranking ----------------------------------------------------------------------------------------------------------
 
 
 def test_ranking_by_hand():
@@ -241,74 +212,43 @@ def test_several_best_completions_add_up_and_huge_logprobs_do_not_overflow():
     assert metrics["eval/pair_accuracy"] == pytest.approx(0.5)
 
 
-def test_scores_without_a_difference_have_no_pair_accuracy():
+def test_scores_without_a_difference_have_no_pair_accuracy_and_lists_have_to_fit():
     metrics = ranking_metrics([[1.0, 1.0]], [[-1.0, -2.0]])
     assert math.isnan(metrics["eval/pair_accuracy"]) and math.isnan(metrics["eval/pair_accuracy_ci95"])
     assert metrics["eval/expected_score"] == pytest.approx(1.0)
     assert "pair accuracy nan%" in accuracy_line(metrics)
+    for logprobs in ([[-1.0, -2.0]], [[-1.0, -2.0], [-1.0]]):
+        with pytest.raises(ValueError):
+            ranking_metrics([[1.0, 0.0], [1.0, 0.0]], logprobs)
 
 
-def test_lists_have_to_fit():
-    with pytest.raises(ValueError):
-        ranking_metrics([[1.0, 0.0], [1.0, 0.0]], [[-1.0, -2.0]])
-
-
-def test_the_headline_of_a_ranking():
-    line = accuracy_line(ranking_metrics([[1.0, 0.0]], [[math.log(0.75), math.log(0.25)]]))
-    assert line == "pair accuracy 100.0% (+-0.0%), expected score 0.750 (+-0.000), best completion 75.0% (+-0.0%)"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reports
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Reports ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_report_holds_every_completion_and_the_metrics(tmp_path):
     greedy = [group(3, episode("a\u2028\ud800\n", 1, style=0.5))]
-    sampled = [group(3, episode("b", 0, 7, False), episode("c", 1))]
+    given = replace(episode("d", 1), old_logprobs=(-1.0, -2.0))  # of the offline task
+    sampled = [group(3, episode("b", 0, 7, False), episode("c", 1), given)]
     about = {"model": "tiny", "config": {"path": tmp_path}}
-    write_report(tmp_path / "new" / "eval", about, {"eval/greedy": 1.0, "eval/length": math.nan}, greedy, sampled)
     folder = tmp_path / "new" / "eval"
+    write_report(folder, about, {"eval/greedy": 1.0, "eval/length": math.nan}, greedy, sampled)
     assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "report.json"]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert report["metrics"] == {"eval/greedy": 1.0, "eval/length": None}
     assert report["about"].pop("date").endswith("+00:00")
     assert report["about"] == {"model": "tiny", "config": {"path": str(tmp_path)}}
-    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [(row["kind"], row["text"]) for row in rows] == [
-        ("greedy", "a\u2028\ud800\n"),
-        ("sampled", "b"),
-        ("sampled", "c"),
-    ]
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    kinds = [("greedy", "a\u2028\ud800\n"), ("sampled", "b"), ("sampled", "c"), ("given", "d")]
+    assert [(row["kind"], row["text"]) for row in rows] == kinds and rows[3]["mean_logprob"] == -1.5
     assert rows[1] == {
-        "problem": 3,
-        "kind": "sampled",
-        "prompt": "prompt 3",
-        "text": "b",
-        "reward": 0.0,
-        "parts": {"reward": 0, "answer": 0.0},
-        "finished": False,
-        "tokens": 7,
-    }
-
-
-def test_a_date_that_is_given_stays(tmp_path):
+        "problem": 3, "kind": "sampled", "prompt": "prompt 3", "text": "b", "reward": 0.0, "tokens": 7,
+        "parts": {"reward": 0, "answer": 0.0}, "finished": False,
+    }  # fmt: skip
     write_report(tmp_path, {"date": "2020"}, {}, [], [])
-    assert json.loads((tmp_path / "report.json").read_text())["about"] == {"date": "2020"}
+    assert json.loads((tmp_path / "report.json").read_text())["about"] == {"date": "2020"}, "one that is given stays"
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    good = [group(0, episode("a", 1))]
-    write_report(tmp_path, {"number": 1}, {}, good, good)
-    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    broken = [group(0, replace(good[0].episodes[0], reward_parts={"answer": object()}))]
-    with pytest.raises(TypeError):
-        write_report(tmp_path, {"number": 2}, {}, good, broken)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
-
-
-def test_files_are_written_beside_their_place(tmp_path, monkeypatch):
+def test_a_report_is_written_beside_its_place_and_one_that_cannot_be_leaves_the_old(tmp_path, monkeypatch):
     """When a file gets its name it is whole, and report.json, which says that all is there, gets it last."""
     renamed = []
 
@@ -316,12 +256,16 @@ def test_files_are_written_beside_their_place(tmp_path, monkeypatch):
         renamed.append((beside.name, path.name, beside.read_text().endswith("}\n"), path.exists()))
         beside.rename(path)
 
-    monkeypatch.setattr("src.storage.os.replace", rename)
-    write_report(tmp_path, {}, {}, [group(0, episode("a", 1))], [])
-    assert renamed == [
-        ("completions.jsonl.partial", "completions.jsonl", True, False),
-        ("report.json.partial", "report.json", True, False),
-    ]
+    monkeypatch.setattr("src.run.storage.os.replace", rename)
+    good = [group(0, episode("a", 1))]
+    write_report(tmp_path, {"number": 1}, {}, good, good)
+    names = ("completions.jsonl", "report.json")
+    assert renamed == [(f"{name}.partial", name, True, False) for name in names]
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    broken = [group(0, replace(good[0].episodes[0], reward_parts={"answer": object()}))]
+    with pytest.raises(TypeError):
+        write_report(tmp_path, {"number": 2}, {}, good, broken)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 def test_the_table_shows_the_first_completion_of_the_first_groups():

@@ -1,18 +1,16 @@
 """What only a CUDA device can show; `python -m pytest -m gpu` runs these and those of other files."""
 
 import copy
-from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
-from test_packing import RAGGED, make_groups, make_pair
-from test_sampler import TOKENIZER, make_prompts, settings, tokens_of
+from test_packing import make_pair, ragged_groups
+from test_sampler import sample, tokens_of
 
-from src import cuda_decoding, scoring
-from src.packing import pack
-from src.sampler import rollout
-from src.scoring import score
+from src.engine import cuda_decoding, statistics
+from src.engine.packing import pack
+from src.engine.scoring import score
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +25,7 @@ def test_captured_steps_sample_the_tokens_of_eager_ones(name, slots, caplog):
     results = []
     for on in ((), ("cuda",)):
         with patch.object(cuda_decoding, "GRAPHS_ON", on):
-            groups = rollout(model, TOKENIZER, make_prompts(), 7, replace(settings(slots), temperature=0.9))
+            groups = sample(model, 7, slots=slots, temperature=0.9)
         results.append((tokens_of(groups), [e.logprobs for group in groups for e in group.episodes]))
     assert cuda_decoding.StepRunner.works, caplog.text
     assert results[0][0] == results[1][0]
@@ -44,24 +42,22 @@ def test_both_layouts_decode_in_bf16_and_the_trainer_agrees(name, layout, slots,
     if layout is cuda_decoding.PaddedAttention:
         monkeypatch.setattr(cuda_decoding, "HALF", ())
     assert cuda_decoding.layout_for(model) is layout, caplog.text
-    groups = rollout(model, TOKENIZER, make_prompts(), 7, settings(slots))
+    row = pack(sample(model, 7, slots=slots), model.device, model.dtype)
     assert cuda_decoding.StepRunner.works, caplog.text
-    batch = pack(groups, model.device, model.dtype)
-    difference = (score(model, batch, 1.0).logprobs - batch.sampled_logprobs).abs()
+    difference = (score(model, row, 1.0).logprobs - row.batch.sampled_logprobs).abs()
     assert difference.mean() < 0.02 and difference.max() < 0.3
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "granite"])
 def test_packed_scores_and_gradients_in_bf16_are_those_of_the_cpu_in_fp32(name):
     packed, _ = make_pair(name)
-    groups = make_groups(torch.Generator().manual_seed(1), RAGGED)
     results = []
     for model in (packed.float(), copy.deepcopy(packed).to("cuda", torch.bfloat16)):
-        batch = pack(groups, model.device, model.dtype)
-        scores = score(model, batch, 0.7)
-        (scores.logprobs * batch.token_weight[batch.episode_index]).sum().backward()
+        row = pack(ragged_groups(), model.device, model.dtype)
+        scores = score(model, row, 0.7)
+        row.batch.mean(scores.logprobs).backward()
         gradient = torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()])
         results.append((scores.logprobs.detach().cpu(), gradient))
-    assert batch.attention_plan.use_varlen and False not in scoring.verdicts.values()
+    assert row.attention_plan.use_varlen and False not in statistics.verdicts.values()
     torch.testing.assert_close(results[0][0], results[1][0], atol=0.2, rtol=0)
     assert torch.nn.functional.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.99

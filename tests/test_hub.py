@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import logging
 import os
 import re
 import shlex
@@ -26,9 +25,10 @@ from huggingface_hub.utils._runtime import is_xet_available
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from src import hub as hub_module
 from src.config import Config, ConfigError, HubConfig, dump_config
-from src.hub import check_hub, check_hub_keys, draw_curves, push_final
+from src.run import hub as hub_module
+from src.run.console import configure_logging
+from src.run.hub import check_hub, check_hub_keys, draw_curves, push_final
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own affair
 TOKEN = "hf_standin"
@@ -42,13 +42,10 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.account = {
-            "name": "anna",
-            "orgs": [{"name": "lab"}],
-            "auth": {"type": "access_token", "accessToken": {"role": "write"}},
-        }
+        token = {"type": "access_token", "accessToken": {"role": "write"}}
+        self.account = {"name": "anna", "orgs": [{"name": "lab"}], "auth": token}
         self.visibility: dict[str, str] = {}  # repository -> "private" or "public"
-        self.branches: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> branch -> path -> content
+        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content
         self.objects: dict[str, bytes] = {}  # sha256 -> what was uploaded as a large file
         self.large = (".safetensors",)
         self.failures: dict[str, list[int]] = {}  # part of a path -> statuses of the next answers to it
@@ -56,7 +53,7 @@ class StandIn(ThreadingHTTPServer):
 
     def create(self, repository: str, **files: bytes) -> None:
         self.visibility[repository] = "public"
-        self.branches[repository] = {"main": {name.replace("__", "."): text for name, text in files.items()}}
+        self.files[repository] = {name.replace("__", "."): text for name, text in files.items()}
 
     def asked(self, part: str) -> int:
         return sum(part in request for request in self.requests)
@@ -86,16 +83,15 @@ class Handler(BaseHTTPRequestHandler):
             (r"/api/whoami-v2", self.whoami),
             (r"/api/repos/create", self.create),
             (r"/api/validate-yaml", self.validate),
-            (r"/api/models/(\w+/[^/]+)/revision/(.+)", self.revision),
-            (r"/api/models/(\w+/[^/]+)/branch/(.+)", self.branch),
-            (r"/api/models/(\w+/[^/]+)/tree/(.+)", self.tree),
-            (r"/api/models/(\w+/[^/]+)/preupload/(.+)", self.preupload),
+            (r"/api/models/(\w+/[^/]+)/revision/main", self.revision),
+            (r"/api/models/(\w+/[^/]+)/tree/main", self.tree),
+            (r"/api/models/(\w+/[^/]+)/preupload/main", self.preupload),
             (r"/(\w+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
             (r"/verify", self.verify),
-            (r"/api/models/(\w+/[^/]+)/commit/(.+)", self.commit),
+            (r"/api/models/(\w+/[^/]+)/commit/main", self.commit),
         ):
             match = re.fullmatch(pattern, path)
-            if match and (not match.groups() or match[1] in self.server.branches):
+            if match and (not match.groups() or match[1] in self.server.files):
                 return self.answer(*method(body, *match.groups()))
         return self.answer(404, {"error": f"no {path}"})
 
@@ -111,11 +107,9 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def answer(self, status: int, content, code: str | None = None):
+    def answer(self, status: int, content):
         text = json.dumps(content).encode()
         self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -128,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         repository = f"{asked['organization'] or self.server.account['name']}/{asked['name']}"
         answer = {"url": f"{self.server.url}/{repository}"}
-        if repository in self.server.branches:
+        if repository in self.server.files:
             return 409, answer | {"error": "You already created this model repo"}
         self.server.create(repository, __gitattributes=b"*.safetensors filter=lfs")
         self.server.visibility[repository] = asked["visibility"]
@@ -139,24 +133,15 @@ class Handler(BaseHTTPRequestHandler):
         wrong = [name for name in facts.get("base_model", []) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)]
         return 400 if wrong else 200, {"errors": [{"message": f"base_model {name}"} for name in wrong], "warnings": []}
 
-    def revision(self, _, repository, name):
-        if name not in self.server.branches[repository]:
-            return 404, {"error": "Invalid rev id"}, "RevisionNotFound"
+    def revision(self, _, repository):
         return 200, {"id": repository, "sha": "0" * 40}
 
-    def branch(self, _, repository, name):
-        branches = self.server.branches[repository]
-        if name in branches:
-            return 409, {"error": "Reference already exists"}
-        branches[name] = dict(branches["main"])
-        return 200, {}
-
-    def tree(self, _, repository, name):
-        files = self.server.branches[repository][name]
+    def tree(self, _, repository):
+        files = self.server.files[repository]
         return 200, [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files]
 
-    def preupload(self, body, repository, name):
-        files = self.server.branches[repository][name]
+    def preupload(self, body, repository):
+        files = self.server.files[repository]
         answers = []
         for file in json.loads(body)["files"]:
             large = file["path"].endswith(self.server.large)
@@ -180,8 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.objects[asked["oid"]]
         return (200 if hashlib.sha256(content).hexdigest() == asked["oid"] else 422), {}
 
-    def commit(self, body, repository, name):
-        files = self.server.branches[repository][name]
+    def commit(self, body, repository):
+        files = self.server.files[repository]
         for line in body.splitlines():
             key, value = (json.loads(line)[part] for part in ("key", "value"))
             if key == "file":
@@ -250,10 +235,10 @@ def test_the_pushed_files_load_as_the_same_model(hub, tiny_model_folder, tmp_pat
 
     final = shutil.copytree(tiny_model_folder, tmp_path / "run_countdown" / "final")
     (final.parent / "metrics.jsonl").write_text('{"step": 0, "eval/greedy": 0.5}\n')
-    assert push(final) == f"{hub.url}/anna/tiny"
+    assert push(final) == f"{hub.url}/anna/tiny" and hub.visibility["anna/tiny"] == "private"
     rebuilt = tmp_path / "rebuilt"
     rebuilt.mkdir()
-    for name, content in hub.branches["anna/tiny"]["main"].items():
+    for name, content in hub.files["anna/tiny"].items():
         (rebuilt / name).write_bytes(content)
     assert {"README.md", "curves.svg", "tokenizer.json"} <= {file.name for file in rebuilt.iterdir()}
     assert list(hub.objects.values()) == [(final / "model.safetensors").read_bytes()]  # and only that one as large file
@@ -265,30 +250,15 @@ def test_the_pushed_files_load_as_the_same_model(hub, tiny_model_folder, tmp_pat
     assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
 
 
-@pytest.mark.parametrize(("hub_private", "visibility"), [(True, "private"), (False, "public")])
-def test_a_new_repository_is_as_private_as_asked(hub, final, hub_private, visibility):
-    push(final, hub_private=hub_private)
-    assert hub.visibility["anna/tiny"] == visibility
-
-
 def test_the_client_with_xet_commits_the_same_files(hub, final, monkeypatch):
     """xet's own storage protocol has no stand-in here: every file is small enough for the commit itself."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     assert is_xet_available()
     hub.large = ()
     push(final)
-    pushed = hub.branches["anna/tiny"]["main"]
+    pushed = hub.files["anna/tiny"]
     pushed.pop(".gitattributes")
     assert pushed == contents(final)
-
-
-def test_a_revision_is_a_branch_and_leaves_main_alone(hub, final):
-    hub.create("anna/tiny", README__md=b"mine")
-    assert push(final, hub_model_revision="seed/1") == f"{hub.url}/anna/tiny/tree/seed/1"
-    assert hub.branches["anna/tiny"] == {"main": {"README.md": b"mine"}, "seed/1": contents(final)}
-    (final / "config.json").write_text('{"second": 1}')
-    push(final, hub_model_revision="seed/1")  # the branch is there already
-    assert hub.branches["anna/tiny"]["seed/1"] == contents(final)
 
 
 def test_weights_of_another_layout_go_and_foreign_files_stay(hub, final):
@@ -299,20 +269,17 @@ def test_weights_of_another_layout_go_and_foreign_files_stay(hub, final):
     hub.create("anna/tiny", **stale, notes__txt=b"mine", vae__safetensors=b"mine")
     push(final)
     foreign = {"notes.txt": b"mine", "vae.safetensors": b"mine"}
-    assert hub.branches["anna/tiny"]["main"] == contents(final) | foreign
+    assert hub.files["anna/tiny"] == contents(final) | foreign
     (final / "model-00001-of-00001.safetensors").rename(final / "model.safetensors")
     (final / "model.safetensors.index.json").unlink()
     push(final)
-    assert hub.branches["anna/tiny"]["main"] == contents(final) | foreign
+    assert hub.files["anna/tiny"] == contents(final) | foreign
 
 
-def test_without_an_id_the_repository_is_the_runs_name_under_the_own_account(hub, final, monkeypatch):
+def test_without_an_id_the_repository_is_the_runs_name_as_the_hub_allows_it(hub, final, monkeypatch):
     monkeypatch.chdir(final)
     assert push(Path("."), hub_model_id=None) == f"{hub.url}/anna/config-kl-beta0.04_countdown"
-    assert hub.branches["anna/config-kl-beta0.04_countdown"]["main"]["config.json"] == b"{}"
-
-
-def test_a_long_run_name_is_cut_to_what_the_hub_allows(hub, final):
+    assert hub.files["anna/config-kl-beta0.04_countdown"]["config.json"] == b"{}"
     folder = final.parent.rename(final.parent.with_name("." + "x" * 95 + "-y_countdown")) / "final"
     assert push(folder, hub_model_id=None) == f"{hub.url}/anna/{'x' * 95}"
 
@@ -323,7 +290,7 @@ def test_a_long_run_name_is_cut_to_what_the_hub_allows(hub, final):
 
 
 def card_of(hub) -> tuple[dict, str]:
-    _, facts, text = hub.branches["anna/tiny"]["main"]["README.md"].decode().split("---\n", 2)
+    _, facts, text = hub.files["anna/tiny"]["README.md"].decode().split("---\n", 2)
     return yaml.safe_load(facts), text
 
 
@@ -331,12 +298,9 @@ def test_the_card_says_what_it_was_made_from_and_shows_the_evaluation(hub, final
     push(final)
     facts, text = card_of(hub)
     assert facts == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["grpo", "reinforcement-learning"],
-        "base_model": ["lab/base"],
-        "datasets": ["openai/gsm8k"],
-    }
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["grpo", "reinforcement-learning"],
+        "base_model": ["lab/base"], "datasets": ["openai/gsm8k"],
+    }  # fmt: skip
     lines = text.splitlines()
     start = lines.index("| | before | after |")
     assert lines[start + 1 : start + 6] == [
@@ -350,20 +314,16 @@ def test_the_card_says_what_it_was_made_from_and_shows_the_evaluation(hub, final
     assert "`lab/base` trained with GRPO on `gsm8k`. ± is half of a 95% interval over the problems." in lines
 
 
-def test_the_config_in_the_card_is_whole_even_with_a_fence_in_a_prompt(hub, final):
-    config = Config()
-    config.data.system_prompt = "Answer like this:\n```\n12\n```\nand nothing else"
-    push(final, ABOUT | {"config": dump_config(config)})
-    _, text = card_of(hub)
-    inside = re.search(r"^(`+)yaml\n(.*?)^\1$", text, re.MULTILINE | re.DOTALL)[2]
-    assert yaml.safe_load(inside) == yaml.safe_load(dump_config(config))
-
-
 @pytest.mark.parametrize(("config", "fence"), [("a: 1", "```"), ("a: `x`", "```"), ("a: |\n  ````\n", "`````")])
-def test_the_fence_is_longer_than_any_in_the_config(hub, final, config, fence):
+def test_the_config_in_the_card_is_whole_and_its_fence_longer_than_any_in_it(hub, final, config, fence):
     """Markdown closes a block at the first fence of at least its length, indented by up to three spaces."""
     push(final, ABOUT | {"config": config})
     assert card_of(hub)[1].endswith(f"\n\n{fence}yaml\n{config.rstrip()}\n{fence}\n")
+    whole = Config()
+    whole.data.system_prompt = "Answer like this:\n```\n12\n```\nand nothing else"
+    push(final, ABOUT | {"config": dump_config(whole)})
+    inside = re.search(r"^(`+)yaml\n(.*?)^\1$", card_of(hub)[1], re.MULTILINE | re.DOTALL)[2]
+    assert yaml.safe_load(inside) == yaml.safe_load(dump_config(whole))
 
 
 def test_an_adapter_is_labelled_as_one(hub, final):
@@ -394,9 +354,6 @@ def test_the_curves_are_drawn_to_scale():
     assert lines == ["60.0,180.0 190.0,110.0 320.0,40.0", "420.0,180.0"]
     labels = [text.text for text in drawing.iter(f"{space}text")]
     assert labels == ["eval/greedy", "0.75", "0.25", "step 0", "10", "train/reward", "-1.5", "-1.5", "step 10", "10"]
-
-
-def test_a_run_without_metrics_says_so_in_the_figure():
     assert "eval/greedy: no values" in draw_curves([]) and "train/reward: no values" in draw_curves([])
 
 
@@ -411,7 +368,6 @@ def test_a_run_without_metrics_says_so_in_the_figure():
         ("/repos/create", 401, 1),
         ("/repos/create", 403, 1),
         ("/validate-yaml", 400, 1),
-        ("/branch/", 403, 1),
         ("/preupload/", 403, 1),
         ("/object/", 403, 1),
         ("/commit/", 403, 1),
@@ -423,71 +379,65 @@ def test_a_failed_push_keeps_final_and_says_how_to_push_it(hub, final, part, sta
     before = contents(final)
     hub.failures[part] = [status] * 100
     with pytest.raises(ConfigError) as caught:
-        push(final, hub_model_revision="seed1")
+        push(final)
     assert str(caught.value).startswith(f"the model is safe in {final}, but was not pushed to the hub (")
     assert f"the stand-in refuses {part}" in str(caught.value)
     assert shlex.split(str(caught.value).partition("to push it: ")[2])[:4] == ["hf", "upload", "anna/tiny", str(final)]
     assert contents(final).items() >= before.items()
     assert "README.md" in contents(final), "the card travels with a push by hand"
     assert hub.asked(part) == attempts
-    assert hub.branches.get("anna/tiny", {}).get("seed1", {}).keys() <= {".gitattributes"}
+    assert hub.files.get("anna/tiny", {}).keys() <= {".gitattributes"}
 
 
-def test_a_hub_that_is_gone_after_training_keeps_final(hub, final, monkeypatch):
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(ConfigError, match=r"safe in .*Connection refused.*hf upload anna/tiny"):
-        push(final)
-    assert {"config.json", "model.safetensors", "README.md"} <= contents(final).keys()
-
-
-def test_a_missing_token_after_training_keeps_final(hub, final, monkeypatch):
+def test_without_a_token_final_stays_and_it_is_told_before_training(hub, final, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ConfigError, match=r"^hub\.push_to_hub: log in with `hf auth login` or set HF_TOKEN.*no token"):
+        check_hub(HubConfig(push_to_hub=True))
+    assert hub.requests == []
     with pytest.raises(ConfigError, match=r"safe in .*401.*hf upload anna/tiny"):
         push(final)
 
 
+@pytest.mark.parametrize("reason", ["Connection refused", "offline mode"])
+def test_out_of_reach_final_stays_and_it_is_told_before_training(hub, final, monkeypatch, reason):
+    if reason == "offline mode":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.shutdown()
+        hub.server_close()
+    with pytest.raises(ConfigError, match=rf"check the network.*{reason}"):
+        check_hub(HubConfig(push_to_hub=True))
+    with pytest.raises(ConfigError, match=rf"safe in .*{reason}.*hf upload anna/tiny"):
+        push(final)
+    assert {"config.json", "model.safetensors", "README.md"} <= contents(final).keys()
+
+
 @pytest.mark.parametrize("part", ["/repos/create", "/tree/", "/object/", "/commit/"])
-def test_a_passing_failure_is_tried_again(hub, final, part, caplog):
+def test_a_passing_failure_is_tried_again(hub, final, part, capsys):
+    configure_logging()
     hub.failures[part] = [503]
-    logging.getLogger("grpo").addHandler(caplog.handler)  # that logger does not propagate once it is configured
-    try:
-        push(final)
-    finally:
-        logging.getLogger("grpo").removeHandler(caplog.handler)
-    assert hub.branches["anna/tiny"]["main"].items() >= contents(final).items()
-    told = [record for record in caplog.records if "next attempt in 0 s" in record.getMessage()]
+    push(final)
+    assert hub.files["anna/tiny"].items() >= contents(final).items()
     by_the_client_itself = part in ("/object/", "/tree/")
-    assert bool(told) != by_the_client_itself
+    assert ("next attempt in 0 s" in capsys.readouterr().out) != by_the_client_itself
 
 
-@pytest.mark.parametrize(("revision", "private"), [(None, True), ("seed1", False)])
-def test_the_command_in_the_message_pushes_the_same_files(hub, final, revision, private):
-    hub.failures["/repos/create"] = [403]
-    with pytest.raises(ConfigError) as caught:
-        push(final, hub_model_revision=revision, hub_private=private)
-    run_by_hand(hub, caught)
-    pushed = hub.branches["anna/tiny"][revision or "main"]
-    assert pushed == contents(final) | {".gitattributes": pushed[".gitattributes"]}
-    assert hub.visibility["anna/tiny"] == ("private" if private else "public")
-
-
-def test_the_command_in_the_message_removes_stale_weights_too(hub, final):
-    hub.create("anna/tiny", adapter_config__json=b"{}")
-    hub.failures["/commit/"] = [403]
-    with pytest.raises(ConfigError) as caught:
-        push(final)
-    run_by_hand(hub, caught)
-    assert hub.branches["anna/tiny"]["main"] == contents(final)
-
-
-def run_by_hand(hub, caught) -> None:
-    program, *arguments = shlex.split(str(caught.value).partition("to push it: ")[2])
-    assert program == "hf"
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "huggingface_hub.cli.hf", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_command_in_the_message_pushes_the_same_files_and_removes_stale_weights(hub, final):
+    for part, earlier in (("/repos/create", {}), ("/commit/", {"adapter_config__json": b"{}"})):
+        if earlier:
+            hub.create("anna/tiny", **earlier)
+        hub.failures[part] = [403]
+        with pytest.raises(ConfigError) as caught:
+            push(final)
+        program, *arguments = shlex.split(str(caught.value).partition("to push it: ")[2])
+        assert program == "hf"
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "huggingface_hub.cli.hf", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        pushed = hub.files["anna/tiny"]
+        assert {name: pushed[name] for name in pushed.keys() - {".gitattributes"}} == contents(final)
+        assert hub.visibility["anna/tiny"] == ("public" if earlier else "private"), "a new one is private"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,14 +453,7 @@ def test_without_push_nobody_is_asked(hub):
 @pytest.mark.parametrize("name", [None, "anna/tiny", "lab/tiny"])
 def test_a_token_that_can_write_passes(hub, name):
     check_hub(HubConfig(push_to_hub=True, hub_model_id=name))
-    assert hub.asked("/api/whoami-v2") == 1 and hub.branches == {}
-
-
-def test_a_missing_token_is_told_before_training(hub, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ConfigError, match=r"^hub\.push_to_hub: log in with `hf auth login` or set HF_TOKEN.*no token"):
-        check_hub(HubConfig(push_to_hub=True))
-    assert hub.requests == []
+    assert hub.asked("/api/whoami-v2") == 1 and hub.files == {}
 
 
 @pytest.mark.parametrize(
@@ -528,52 +471,28 @@ def test_a_hub_that_refuses_is_told_before_training(hub, status, advice, reason)
         check_hub(HubConfig(push_to_hub=True))
 
 
-def test_a_hub_out_of_reach_is_told_before_training(hub, monkeypatch):
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(ConfigError, match=r"check the network.*Connection refused"):
-        check_hub(HubConfig(push_to_hub=True))
-
-
-def test_offline_mode_is_told_before_training(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"check the network.*offline mode"):
-        check_hub(HubConfig(push_to_hub=True))
-
-
-def test_a_token_that_can_only_read_is_told_before_training(hub):
-    hub.account["auth"]["accessToken"]["role"] = "read"
-    with pytest.raises(ConfigError, match="the token can only read"):
-        check_hub(HubConfig(push_to_hub=True))
-
-
-def test_a_foreign_owner_is_told_before_training(hub):
+def test_a_token_that_can_only_read_and_a_foreign_owner_are_told_before_training(hub):
+    foreign, token = HubConfig(push_to_hub=True, hub_model_id="bob/tiny"), hub.account["auth"]["accessToken"]
     with pytest.raises(
         ConfigError, match=r"^hub\.hub_model_id: the token can not write for bob; it can for anna, lab$"
     ):
-        check_hub(HubConfig(push_to_hub=True, hub_model_id="bob/tiny"))
-    hub.account["auth"]["accessToken"]["role"] = "fineGrained"  # whose groups the hub need not list
-    check_hub(HubConfig(push_to_hub=True, hub_model_id="bob/tiny"))
+        check_hub(foreign)
+    token["role"] = "read"
+    with pytest.raises(ConfigError, match="the token can only read"):
+        check_hub(HubConfig(push_to_hub=True))
+    token["role"] = "fineGrained"  # whose groups the hub need not list
+    check_hub(foreign)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"hub_model_id": "anna/tiny"}, "c.yaml: hub.hub_model_id needs hub.push_to_hub: true"),
-        ({"hub_model_revision": "v1"}, "hub.hub_model_revision needs hub.push_to_hub"),
-        ({"hub_private": False}, "hub.hub_private needs hub.push_to_hub"),
         ({"push_to_hub": True, "hub_model_id": "tiny"}, "c.yaml: hub.hub_model_id must be owner/name"),
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "must be owner/name"),
         ({"push_to_hub": True, "hub_model_id": "anna/"}, "must be owner/name"),
         ({"push_to_hub": True, "hub_model_id": "anna/a--b"}, "must be owner/name"),
         ({"push_to_hub": True, "hub_model_id": "anna/t\nx"}, "must be owner/name"),
-        ({"push_to_hub": True, "hub_model_revision": "my branch"}, "c.yaml: hub.hub_model_revision must be the name"),
-        ({"push_to_hub": True, "hub_model_revision": "refs/pr/1"}, "must be the name of a branch"),
-        ({"push_to_hub": True, "hub_model_revision": "a..b"}, "must be the name of a branch"),
-        ({"push_to_hub": True, "hub_model_revision": "a/"}, "must be the name of a branch"),
-        ({"push_to_hub": True, "hub_model_revision": "a.lock"}, "must be the name of a branch"),
-        ({"push_to_hub": True, "hub_model_revision": "-a"}, "must be the name of a branch"),
-        ({"push_to_hub": True, "hub_model_revision": ""}, "must be the name of a branch"),
     ],
 )
 def test_wrong_keys_are_told_when_the_config_is_read(keys, message):
@@ -582,15 +501,7 @@ def test_wrong_keys_are_told_when_the_config_is_read(keys, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {},
-        {"push_to_hub": True},
-        {"push_to_hub": True, "hub_model_id": "anna/Tiny_0.5b-kl", "hub_model_revision": "seed/1.0-a"},
-        {"push_to_hub": True, "hub_private": False, "hub_model_revision": "main"},
-    ],
-)
+@pytest.mark.parametrize("keys", [{}, {"push_to_hub": True}, {"push_to_hub": True, "hub_model_id": "anna/T_0.5b-k"}])
 def test_right_keys_pass(keys):
     check_hub_keys(HubConfig(**keys), "c.yaml")
 

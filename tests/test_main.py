@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 PROJECT = Path(__file__).resolve().parent.parent
 MAIN = PROJECT / "main.py"
+COMMAND = ("--config", "good.yaml", "--dataset_name", "countdown")
 GOOD = """
 model:
   pretrained_model_path: model
@@ -51,32 +52,11 @@ def run_main(folder: Path, *arguments: str, python: tuple[str, ...] = (str(MAIN)
 def assert_refused(code: int, shown: str, complaint: str, *fragments: str) -> None:
     """Exit code 2, and one line that begins with `error: ` and holds the fragments."""
     assert len(complaint.splitlines()) == 1, complaint
-    assert complaint.startswith("error: ")
-    for fragment in fragments:
-        assert fragment in complaint
-    assert code == 2
-    assert "Traceback" not in shown
+    assert complaint.startswith("error: ") and all(fragment in complaint for fragment in fragments), complaint
+    assert code == 2 and "Traceback" not in shown
 
 
 # --- answered before anything heavy is imported -----------------------------------------------------------------------
-
-
-def test_help_names_every_option():
-    result = run_main(PROJECT, "--help")
-    assert result.returncode == 0 and result.stderr == ""
-    for option in (
-        "--config",
-        "--dataset_name",
-        "--set",
-        "--fresh",
-        "--eval_only",
-        "--profile",
-        "--log_every",
-        "--quiet",
-        "countdown",
-    ):
-        assert option in result.stdout
-
 
 HEAVY = ("torch", "transformers", "numpy", "tensorboard", "datasets", "huggingface_hub", "tqdm")
 PROBE = f"""
@@ -88,80 +68,46 @@ try:
 finally:
     print("imported:", *(name for name in {HEAVY!r} if name in sys.modules))
 """
+OPTIONS = "--config --dataset_name --set --name --fresh --eval_only --check --profile --log_every --quiet countdown"
+REFUSED = {
+    "no arguments": ((), "the following arguments are required: --config, --dataset_name; see --help"),
+    "no dataset": (COMMAND[:2], "the following arguments are required: --dataset_name"),
+    "unknown dataset": ((*COMMAND[:3], "countdwn"), "countdwn is not a dataset; did you mean countdown?"),
+    "missing config": (("--config", "nope.yaml", *COMMAND[2:]), "nope.yaml: there is no such config file"),
+    "config is a folder": (("--config", ".", *COMMAND[2:]), "there is no such config file"),
+}
+SWITCHES = {  # what follows a good command
+    "--resume": "unrecognized arguments: --resume",
+    "--set": "argument --set: expected at least one argument",
+    "--log_every 0": "--log_every: give a whole number from 1, not '0'",
+    "--log_every 2 --quiet": "--quiet: not allowed with argument --log_every",
+    "--profile --check": "--check: not allowed with argument --profile",
+    "--name a/b": "--name a/b: use letters, digits, points, dashes and underscores",
+    "--name ..": "--name ..: use letters",
+    "--name=-x": "--name -x: use letters",
+    "--name=": "--name : use letters",
+    f"--name {'x' * 101}": "use letters",
+    "--set trainer.beta=1": "--set trainer.beta=1: write it as section.key=value",
+    "--set training.learning_rat=1": "good.yaml: training.learning_rat is not a key; did you mean learning_r",
+    "--set training.beta=0 training.batch_size=many": "training.batch_size must be a whole number, not 'many'",
+    "--set training.beta=0 --set training.learning_rate=0": "training.learning_rate must be greater than 0",
+    '--set training."a\n\nb"=1': "is not a key",
+}
+REFUSED |= {switches: ((*COMMAND, *switches.split(" ")), fragment) for switches, fragment in SWITCHES.items()}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--help",),
-        ("--config", "nope.yaml", "--dataset_name", "countdown"),
-        ("--config", "good.yaml", "--dataset_name", "nope"),
-        ("--config", "good.yaml", "--dataset_name", "countdown", "--set", "training.beta=x"),
-    ],
-)
-def test_nothing_heavy_is_imported_for_an_answer(tmp_path, arguments):
+@pytest.mark.parametrize("name", ["help", *REFUSED])
+def test_an_answer_is_one_line_and_nothing_heavy_is_imported_for_it(tmp_path, name):
     """Which modules are loaded, not how long it takes: that is what makes --help answer at once on any machine."""
     (tmp_path / "good.yaml").write_text(GOOD)
+    arguments, fragment = REFUSED.get(name, (("--help",), ""))
     result = run_main(tmp_path, *arguments, python=("-c", PROBE))
-    assert result.stdout.splitlines()[-1].split() == ["imported:"]
-    assert result.returncode == (0 if arguments == ("--help",) else 2)
-
-
-BAD = {
-    "no arguments": ((), "the following arguments are required: --config, --dataset_name; see --help"),
-    "no dataset": (("--config", "good.yaml"), "the following arguments are required: --dataset_name"),
-    "unknown dataset": (
-        ("--config", "good.yaml", "--dataset_name", "countdwn"),
-        "countdwn is not a dataset; did you mean countdown?",
-    ),
-    "unknown option": (
-        ("--config", "good.yaml", "--dataset_name", "countdown", "--resume"),
-        "unrecognized arguments: --resume",
-    ),
-    "nothing to set": (("--config", "good.yaml", "--dataset_name", "countdown", "--set"), "expected one argument"),
-    "no step has a line": (
-        ("--config", "good.yaml", "--dataset_name", "countdown", "--log_every", "0"),
-        "--log_every: give a whole number from 1, not '0'",
-    ),
-    "lines and none": (
-        ("--config", "good.yaml", "--dataset_name", "countdown", "--log_every", "2", "--quiet"),
-        "--quiet: not allowed with argument --log_every",
-    ),
-    "profile and check": (
-        ("--config", "good.yaml", "--dataset_name", "countdown", "--profile", "--check"),
-        "--check: not allowed with argument --profile",
-    ),
-    "missing config": (
-        ("--config", "nope.yaml", "--dataset_name", "countdown"),
-        "nope.yaml: there is no such config file",
-    ),
-    "config is a folder": (("--config", ".", "--dataset_name", "countdown"), "there is no such config file"),
-}
-BAD_SETTINGS = {
-    "unknown key": (
-        "training.learning_rat=1",
-        "good.yaml: training.learning_rat is not a key; did you mean learning_r",
-    ),
-    "unknown section": ("trainer.beta=1", "--set trainer.beta=1: write it as section.key=value"),
-    "wrong type": ("training.batch_size=many", "good.yaml: training.batch_size must be a whole number, not 'many'"),
-    "out of range": ("training.learning_rate=0", "good.yaml: training.learning_rate must be greater than 0"),
-    "impossible group": ("training.batch_size=5", "good.yaml: training.batch_size (5) must be a multiple of"),
-    "unknown loss": ("training.loss_type=klx", "good.yaml: training.loss_type: 'klx' is not known; did you mean kl?"),
-    "key of another loss": ("training.kl_estimator=k1", "is not read by loss_type kl; it belongs to approx_kl; remove"),
-    "key of two lines": ('training."a\n\nb"=1', "is not a key"),
-}
-
-
-@pytest.mark.parametrize("name", [*BAD, *BAD_SETTINGS])
-def test_bad_command_line_or_config(tmp_path, name):
-    (tmp_path / "good.yaml").write_text(GOOD)
-    if name in BAD:
-        arguments, fragment = BAD[name]
+    *shown, imported = result.stdout.splitlines()
+    assert imported.split() == ["imported:"]
+    if name == "help":
+        assert result.returncode == 0 and result.stderr == "" and all(word in result.stdout for word in OPTIONS.split())
     else:
-        setting, fragment = BAD_SETTINGS[name]
-        arguments = ("--config", "good.yaml", "--dataset_name", "countdown", "--set", setting)
-    result = run_main(tmp_path, *arguments)
-    assert_refused(result.returncode, result.stdout, result.stderr, fragment)
+        assert_refused(result.returncode, "".join(shown), result.stderr, fragment)
     assert [path.name for path in tmp_path.iterdir()] == ["good.yaml"]
 
 
@@ -198,20 +144,14 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
 """
 
 
-def damage_nothing(folder: Path) -> None:
-    pass
+def writes(name: str, text: str):
+    """Damage: a file of the model's folder holds this."""
+    return lambda folder: (folder / name).write_text(text)
 
 
-def remove_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def break_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": ')
-
-
-def make_config_strange(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "nobody-knows"}')
+def removes(*patterns: str):
+    """Damage: files of the model's folder are gone."""
+    return lambda folder: [file.unlink() for pattern in patterns for file in folder.glob(pattern)]
 
 
 def break_header(folder: Path) -> None:
@@ -223,139 +163,90 @@ def cut_weights(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
 
 
-def remove_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
 def remove_a_tensor(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def remove_tokenizer(folder: Path) -> None:
-    for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template*")):
-        file.unlink()
-
-
-def break_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-
-
-# name: (what happens to the model's folder, settings, fragments of the complaint)
+# what happens to the model's folder, or settings -> fragments of the complaint
 PATH = "good.yaml: model.pretrained_model_path: "
 FOLDER = (PATH, " cannot be loaded; check that folder (")
-REFUSED_LATE = {
-    "missing folder": (
-        None,
-        ["model.pretrained_model_path=models/none"],
-        (PATH + "there is no folder models/none; give a folder or a hub id",),
-    ),
-    "missing folder with a dot": (None, ["model.pretrained_model_path=./none"], (PATH + "there is no folder ./none",)),
-    "empty path": (None, ['model.pretrained_model_path=""'], (PATH,)),
-    "hub out of reach": (
-        None,
-        ["model.pretrained_model_path=some/model"],
-        (PATH + "some/model cannot be loaded; check the name and the network, or give a local",),
-    ),
-    "no hub id": (None, ["model.pretrained_model_path=a b/c"], (PATH + "a b/c cannot be loaded; check the name",)),
-    "folder without config.json": (
-        remove_config,
-        [],
-        (
-            PATH,
-            " has no config.json, so it is not a model",
-        ),
-    ),
-    "broken config.json": (break_config, [], FOLDER),
-    "unknown architecture": (make_config_strange, [], FOLDER),
-    "broken weights": (break_header, [], FOLDER),
-    "cut weights": (cut_weights, [], FOLDER),
-    "no weights": (remove_weights, [], FOLDER),
-    "a tensor is missing": (
-        remove_a_tensor,
-        [],
-        (
-            PATH,
-            "is incomplete; it has no weights for model.norm.weight",
-        ),
-    ),
-    "no tokenizer": (remove_tokenizer, [], FOLDER),
-    "broken tokenizer": (break_tokenizer, [], FOLDER),
-    "no CUDA": (
-        damage_nothing,
-        ["model.device=cuda"],
-        ("good.yaml: model.device: cuda is not there", "use model.device: auto"),
-    ),
-    "no such device": (damage_nothing, ["model.device=tpu"], ("good.yaml: model.device: 'tpu' is not a device; use",)),
-    "prompts too long": (
-        damage_nothing,
-        ["training.max_prompt_len=2"],
-        ("good.yaml: no train prompt fits training.max_prompt_len (2 tokens); raise it",),
-    ),
-    "impossible data": (
-        damage_nothing,
-        ["data.num_numbers=[2]", "data.number_max=2"],
-        ("good.yaml: data: ", "raise number_max or target_max"),
-    ),
+DAMAGED = {
+    "no config.json": (removes("config.json"), (PATH, " has no config.json, so it is not a model")),
+    "broken config.json": (writes("config.json", '{"model_type": '), FOLDER),
+    "unknown architecture": (writes("config.json", '{"model_type": "nobody-knows"}'), FOLDER),
+    "broken weights": (break_header, FOLDER),
+    "cut weights": (cut_weights, FOLDER),
+    "no weights": (removes("model.safetensors"), FOLDER),
+    "a tensor is missing": (remove_a_tensor, (PATH, "is incomplete; it has no weights for model.norm.weight")),
+    "no tokenizer": (removes("tokenizer*", "chat_template*"), FOLDER),
+    "broken tokenizer": (writes("tokenizer.json", "{}"), FOLDER),
 }
+WRONG = {
+    "model.pretrained_model_path=models/none": (PATH + "there is no folder models/none; give a folder or a hub id",),
+    "model.pretrained_model_path=./none": (PATH + "there is no folder ./none",),
+    'model.pretrained_model_path=""': (PATH,),
+    "model.pretrained_model_path=some/model": (
+        PATH + "some/model cannot be loaded; check the name and the network, or",
+    ),
+    "model.pretrained_model_path=a b/c": (PATH + "a b/c cannot be loaded; check the name",),
+    "model.device=cuda": ("good.yaml: model.device: cuda is not there", "use model.device: auto"),
+    "model.device=tpu": ("good.yaml: model.device: 'tpu' is not a device; use",),
+    "training.max_prompt_len=2": ("good.yaml: no train prompt fits training.max_prompt_len (2 tokens); raise it",),
+    "data.num_numbers=[2]; data.number_max=2": ("good.yaml: data: ", "raise number_max or target_max"),
+}
+EVAL_ONLY = "--eval_only --name mine.1 --set data.eval_samples=3 data.eval_size=1 --set training.temperature=0.5"
 
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory, tiny_model_folder) -> dict:
     """Of every case its exit code, its two streams and its folder; one process for all of them."""
     folder = tmp_path_factory.mktemp("late")
-    (folder / "given").mkdir()
-    (folder / "given" / "good.yaml").write_text(GOOD)
-    command = ["--config", "good.yaml", "--dataset_name", "countdown"]
-    commands = []
-    for number, (damage, settings, _) in enumerate(REFUSED_LATE.values()):
-        model = folder / "given" / f"model{number}"
-        if damage is not None:
-            shutil.copytree(tiny_model_folder, model)
-            damage(model)
-            settings = [f"model.pretrained_model_path={model.name}", *settings]
-        commands.append([*command, *(word for setting in settings for word in ("--set", setting))])
-    commands.append([*command, "--eval_only", "--set", f"model.pretrained_model_path={tiny_model_folder}"])
-    result = run_main(folder, json.dumps(commands), python=("-c", FORKS))
+    given = folder / "given"
+    shutil.copytree(tiny_model_folder, given / "model")
+    (given / "good.yaml").write_text(GOOD)
+    commands = {settings: [*COMMAND, "--set", *settings.split("; ")] for settings in WRONG}
+    for number, (name, (damage, _)) in enumerate(DAMAGED.items()):
+        shutil.copytree(tiny_model_folder, given / f"model{number}")
+        damage(given / f"model{number}")
+        commands[name] = [*COMMAND, "--set", f"model.pretrained_model_path=model{number}"]
+    commands["eval_only"] = [*COMMAND, *EVAL_ONLY.split()]
+    result = run_main(folder, json.dumps(list(commands.values())), python=("-c", FORKS))
     assert result.returncode == 0, result.stderr
-    codes = [int(line) for line in result.stdout.splitlines()]
     outcomes = {}
-    for number, (name, code) in enumerate(zip([*REFUSED_LATE, "eval_only"], codes, strict=True)):
+    for number, (name, code) in enumerate(zip(commands, map(int, result.stdout.split()), strict=True)):
         shown, complaint = ((folder / f"{number}.{stream}").read_text() for stream in ("out", "err"))
         outcomes[name] = (code, shown, complaint, folder / str(number))
     return outcomes
 
 
-@pytest.mark.parametrize("name", REFUSED_LATE)
+@pytest.mark.parametrize("name", [*WRONG, *DAMAGED])
 def test_bad_data_or_model(late, name):
     code, shown, complaint, folder = late[name]
-    assert_refused(code, shown, complaint, *REFUSED_LATE[name][2])
+    assert_refused(code, shown, complaint, *(WRONG[name] if name in WRONG else DAMAGED[name][1]))
     assert {path.name for path in folder.iterdir()} == {path.name for path in (folder.parent / "given").iterdir()}
 
 
-def test_eval_only_evaluates_and_leaves_only_a_report(late):
+def test_eval_only_evaluates_what_is_set_and_leaves_only_a_report_by_its_name(late):
     code, shown, complaint, folder = late["eval_only"]
     assert (code, complaint) == (0, "")
-    assert shown.partition(": ")[2].startswith("greedy ") and "pass@1" in shown and "pass@2" in shown
+    assert shown.partition(": ")[2].startswith("greedy ") and "pass@1" in shown and "pass@3" in shown
     given = {path.name for path in (folder.parent / "given").iterdir()}
     assert {path.name for path in folder.iterdir()} == given | {"runs"}
-    assert [path.name for path in (folder / "runs").iterdir()] == ["good_countdown_eval"]
+    assert [path.name for path in (folder / "runs").iterdir()] == ["mine.1_countdown_eval"]
+    config = json.loads((folder / "runs" / "mine.1_countdown_eval" / "report.json").read_text())["about"]["config"]
+    assert (config["data"]["eval_samples"], config["data"]["eval_size"], config["training"]["temperature"]) == (
+        3,
+        1,
+        0.5,
+    )
 
 
 def test_missing_model_in_a_process_of_its_own(tmp_path):
     """One of the cases above without the fork: imports and their warnings included."""
     (tmp_path / "good.yaml").write_text(GOOD)
-    result = run_main(
-        tmp_path,
-        "--config",
-        "good.yaml",
-        "--dataset_name",
-        "countdown",
-        "--set",
-        "model.pretrained_model_path=some/model",
-        HF_HUB_OFFLINE="1",
-    )
+    result = run_main(tmp_path, *COMMAND, "--set", "model.pretrained_model_path=some/model", HF_HUB_OFFLINE="1")
     assert_refused(result.returncode, result.stdout, result.stderr, PATH + "some/model cannot be loaded; check")
-    assert result.stdout == ""
+    assert all(line.startswith("loading") for line in result.stdout.splitlines())
     assert not (tmp_path / "runs").exists()

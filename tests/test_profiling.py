@@ -5,19 +5,17 @@ import time
 
 import pytest
 import torch
-from test_packing import RAGGED, SHAPE, make_groups, make_pair
-from test_sampler import TOKENIZER, make_prompts, settings
-from test_train_grpo import small_config
+from test_engine import tiny_config
+from test_packing import SHAPE, make_pair, make_row
+from test_sampler import make_prompts, sample
 
-import src.scoring
-import src.train_grpo
-from src import profiling
+from src import commands
+from src.commands import run_profile
 from src.config import ConfigError
-from src.packing import pack
+from src.engine import profiling, scoring
+from src.engine.profiling import Profile, measured, phase, table, three_digits
+from src.engine.scoring import score
 from src.prepare import prepare
-from src.profiling import Profile, measured, phase, run_profile, table, three_digits
-from src.sampler import rollout
-from src.scoring import score
 from src.train_grpo import train_step
 
 CPU = torch.device("cpu")
@@ -116,18 +114,18 @@ def linear_parameters(model) -> int:
 @pytest.mark.parametrize("chunk_tokens", [None, 10])
 def test_an_update_is_two_flops_a_parameter_and_token_forward_and_four_backward(chunk_tokens):
     model, _ = make_pair("llama")
-    batch = pack(make_groups(torch.Generator().manual_seed(1), RAGGED), "cpu", torch.float32)
+    row = make_row()
 
     def step() -> int:
-        scores = score(model, batch, 1.0, anchor=make_pair("llama")[0], chunk_tokens=chunk_tokens)
+        scores = score(model, row, 1.0, anchor=make_pair("llama")[0], chunk_tokens=chunk_tokens)
         with phase("backward"):
             (scores.logprobs.sum() + scores.entropy.sum()).backward()
         return 1
 
     flops = measured(step, CPU, counting=True)[0].flops
-    row, completion = batch.input_ids.numel(), batch.target_ids.numel()
-    forward = 2 * linear_parameters(model) * row
-    pairs = sum(tile.mask.numel() for tile in batch.attention_plan.tiles)  # of queries and keys, padding included
+    completion = row.predictor_index.numel()
+    forward = 2 * linear_parameters(model) * row.input_ids.numel()
+    pairs = sum(tile.mask.numel() for tile in row.attention_plan.tiles)  # of queries and keys, padding included
     attention = SHAPE["num_hidden_layers"] * 2 * 2 * pairs * SHAPE["hidden_size"]
     head = 2 * completion * SHAPE["vocab_size"] * SHAPE["hidden_size"]
     assert flops["policy forward"] == flops["reference"] == forward + attention
@@ -145,7 +143,7 @@ def test_a_rollout_is_two_flops_a_parameter_and_token(dtype):
     prompts, new = make_prompts(lengths=(9,) * 4), 12
 
     def step() -> int:
-        groups = rollout(model, TOKENIZER, prompts, 8, settings(new=new, eos=(10**6,)))  # none ends before the limit
+        groups = sample(model, 8, prompts, new=new, eos=(10**6,))  # none ends before the limit
         return sum(len(episode.token_ids) for group in groups for episode in group.episodes)
 
     profile, tokens = measured(step, CPU, counting=True)
@@ -172,11 +170,10 @@ def quick_ceilings(monkeypatch):
     monkeypatch.setattr(profiling, "COPIED", 2**16)
 
 
-@pytest.mark.parametrize("name", ["config_kl_beta0.04_tiny", "lora"])
-def test_a_profile_shows_every_phase_and_writes_nothing(name, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [[], ["lora.r=2"]])
+def test_a_profile_shows_every_phase_and_writes_nothing(lora, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lora = ["lora.r=2"] if name == "lora" else []
-    config = small_config("training.max_steps=1", "training.learning_rate=0.1", *lora)
+    config = tiny_config("training.learning_rate=0.1", *lora)
     sampled = []
 
     def recorded_step(run, step):
@@ -184,7 +181,7 @@ def test_a_profile_shows_every_phase_and_writes_nothing(name, capsys, tmp_path, 
         sampled.append([episode.token_ids for group in groups for episode in group.episodes])
         return metrics, groups
 
-    monkeypatch.setattr(src.train_grpo, "train_step", recorded_step)
+    monkeypatch.setattr(commands, "train_step", recorded_step)
     run_profile(config, "countdown")
     rows = phases_of(capsys.readouterr().out)
     assert set(rows) == ROLLOUT | UPDATE | {"phase", "step"}
@@ -202,24 +199,23 @@ def test_completions_of_a_file_have_no_rollout(capsys, tmp_path):
     row = {"prompt": "?", "nums": [1, 2, 3], "completions": texts}
     file.write_text("".join(json.dumps(row | {"prompt": f"{i}?", "target": i}) + "\n" for i in range(40)))
     overrides = [f"data.path={file}", "training.old_logprobs=trainer", "training.inner_epochs=2"]
-    run_profile(small_config(*overrides), "scored")
+    run_profile(tiny_config(*overrides), "scored")
     assert set(phases_of(capsys.readouterr().out)) == UPDATE | {"phase", "step"}
 
 
 def test_the_step_that_is_counted_is_the_step_that_is_not(monkeypatch):
-    monkeypatch.setitem(src.scoring.CHUNK_ELEMENTS, "cpu", 2**12)  # so that the head is computed again
+    monkeypatch.setitem(scoring.CHUNK_ELEMENTS, "cpu", 2**12)  # so that the head is computed again
     metrics = []
     for counting in (None, False, True):
-        run = prepare(small_config(), "countdown")
+        run = prepare(tiny_config(), "countdown")
 
         def step(run=run) -> int:
+            run.engine.begin(1)
             metrics.append(train_step(run, 1)[0])
             return 1
 
         step() if counting is None else measured(step, CPU, counting)
-    plain, timed, counted = (
-        {k: v for k, v in m.items() if not k.startswith(("time/", "memory/")) and "second" not in k} for m in metrics
-    )
+    plain, timed, counted = metrics
     assert timed == plain
     assert counted == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
@@ -239,16 +235,16 @@ def test_the_table_is_arithmetic():
 
 
 def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(profiling, "world", lambda: 2)
+    monkeypatch.setattr(commands, "world", lambda: 2)
     with pytest.raises(ConfigError, match="start it without torchrun"):
-        run_profile(small_config(), "countdown")
+        run_profile(tiny_config(), "countdown")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_each_phase_has_its_peak_of_memory_and_its_wait(capsys, monkeypatch):
     monkeypatch.setattr(profiling, "SIDE", {"cuda": 1024})
-    run_profile(small_config("model.device=cuda", "model.dtype=bfloat16"), "countdown")
+    run_profile(tiny_config("model.device=cuda", "model.dtype=bfloat16"), "countdown")
     rows = phases_of(capsys.readouterr().out)
     assert rows["phase"][-2:] == ["peak", "GiB"]
     assert float(rows["backward"][-1]) > 0 and rows["backward"][3] != "-" and rows["policy forward"][3] != "-"

@@ -1,61 +1,154 @@
-"""The project's own promises: pins that agree, a README that names what exists, a default model that fits."""
+"""The project's own promises: one version of everything, a README that names what exists, a model that fits."""
 
-import os
+import importlib.metadata
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
-from src.config import LOSS_TYPES, SECTIONS, load_config
+from src.config import SECTIONS, known_penalties, load_config
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One version of everything, without asking a registry
+# ---------------------------------------------------------------------------------------------------------------------
 
-def test_requirements_txt_is_what_uv_exports(tmp_path):
-    uv = os.environ.get("UV") or shutil.which("uv")
-    if uv is None:
-        pytest.skip("uv is not installed, so the lock cannot be made again; `pip install uv`")
-    shutil.copy(PROJECT / "pyproject.toml", tmp_path)
-    export = subprocess.run(
-        [
-            uv,
-            "export",
-            "--quiet",
-            "--format",
-            "requirements-txt",
-            "--no-header",
-            "--no-annotate",
-            "--project",
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
+PINS = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+LOCK = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
+
+
+def version_of(requirement: Requirement) -> str | None:
+    """The one version that it allows, if it is one."""
+    (specifier,) = requirement.specifier if len(requirement.specifier) == 1 else (None,)
+    exact = specifier is not None and specifier.operator == "==" and "*" not in specifier.version
+    return specifier.version if exact and not requirement.url else None
+
+
+def direct_pins(project: str) -> list[Requirement]:
+    """What pyproject.toml asks for by name: of the program, and of the groups."""
+    content = tomllib.loads(project)
+    groups = [content["project"]["dependencies"], *content["dependency-groups"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+def constraints(project: str) -> dict[str, str | None]:
+    """Package -> its one version, as .ci/lock.py has found it."""
+    lines = map(Requirement, tomllib.loads(project)["tool"]["uv"]["constraint-dependencies"])
+    return {canonicalize_name(line.name): version_of(line) for line in lines}
+
+
+def entries(lock: str) -> list[tuple[str, list[str]]]:
+    """Each requirement of requirements.txt, and its options."""
+    lines = filter(str.strip, lock.replace("\\\n", " ").splitlines())
+    return [(line.partition(" --")[0].strip(), re.findall(r" (--\S+)", line)) for line in lines]
+
+
+def faults_of_entries(lock: str) -> list[str]:
+    """Entries that are not `name==version` with hashes and perhaps a marker."""
+    faults = []
+    for text, options in entries(lock):
+        try:
+            pinned = version_of(Requirement(text)) is not None
+        except InvalidRequirement:
+            pinned = False
+        if not pinned or not options or not all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", item) for item in options):
+            faults.append(text or " ".join(options))
+    return faults
+
+
+def faults_of_versions(project: str, lock: str) -> list[str]:
+    """Packages of which direct pins, constraints and requirements.txt do not all say the same version."""
+    said = constraints(project)
+    asked = direct_pins(project) + [Requirement(text) for text, _ in entries(lock)]
+    wrong = {line.name for line in asked if version_of(line) != said.get(canonicalize_name(line.name), "")}
+    return sorted(wrong | {name for name, version in said.items() if version is None})
+
+
+def needed_here(project: str, requires=importlib.metadata.requires) -> set[str]:
+    """What the program and its dev group need on this platform, by what the installed packages say of themselves."""
+    content = tomllib.loads(project)
+    waiting = [Requirement(line) for line in content["project"]["dependencies"] + content["dependency-groups"]["dev"]]
+    seen: set[tuple[str, str]] = set()  # a package and one of its extras, or none
+    while waiting:
+        requirement = waiting.pop()
+        for extra in {"", *requirement.extras} - {extra for name, extra in seen if name == requirement.name}:
+            seen.add((requirement.name, extra))
+            try:
+                lines = map(Requirement, requires(requirement.name) or ())
+            except importlib.metadata.PackageNotFoundError:  # what it needs is not known here
+                continue
+            waiting += [line for line in lines if line.marker is None or line.marker.evaluate({"extra": extra})]
+    return {canonicalize_name(name) for name, _ in seen}
+
+
+def missing(project: str, lock: str, requires=importlib.metadata.requires) -> list[str]:
+    """What is needed here and does not stand in requirements.txt."""
+    return sorted(
+        needed_here(project, requires) - {canonicalize_name(Requirement(text).name) for text, _ in entries(lock)}
     )
-    assert export.returncode == 0, export.stderr
-    assert locked(export.stdout) == locked((PROJECT / "requirements.txt").read_text(encoding="utf-8"))
 
 
-def locked(requirements: str) -> dict[str, tuple[set[str], set[str]]]:
-    """Version, words of the marker and hashes of each package; versions of uv write the same marker differently."""
-    entries = requirements.replace("\\\n", " ").splitlines()
-    packages = {}
-    for entry in filter(str.strip, entries):
-        package, *hashes = entry.split("--hash=")
-        name, _, marker = package.partition(";")
-        packages[name.strip()] = (set(re.findall(r"'[^']*'", marker)), {each.strip() for each in hashes})
-    return packages
+def test_every_version_is_fixed_and_the_same_everywhere():
+    wrong = faults_of_entries(LOCK) or faults_of_versions(PINS, LOCK) or missing(PINS, LOCK)
+    assert not wrong, f"{', '.join(wrong)}: requirements.txt is not of this pyproject.toml; run `python .ci/lock.py`"
+    assert len(entries(LOCK)) > 100 and len(needed_here(PINS)) > 60, "it was compared with something"
 
 
-def test_every_direct_dependency_is_pinned_exactly():
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
-    groups = [project["project"]["dependencies"], *project["dependency-groups"].values()]
-    for requirement in (name for group in groups for name in group):
-        assert re.fullmatch(r"[a-zA-Z0-9_.\[\]-]+==[0-9][0-9a-z.]*", requirement), requirement
+SMALL_PINS = """
+[project]
+dependencies = ["one==1.0"]
+[dependency-groups]
+dev = ["two[fast]==2.0"]
+[tool.uv]
+constraint-dependencies = ["one==1.0", "two==2.0", "three==3.0"]
+"""
+HASH = f"--hash=sha256:{'0a' * 32}"
+SMALL_LOCK = "".join(
+    f"{line} \\\n    {HASH} \\\n    {HASH}\n" for line in ("one==1.0", "Two==2.0", "three==3.0 ; python_version > '3'")
+)
+SAYS = {"one": ["one", "gone; sys_platform == 'never'"], "two": ["three>=2; extra == 'fast'", "slow; extra == 'slow'"]}
+
+
+def requires_small(name: str) -> list[str] | None:
+    if name not in SAYS:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return SAYS[name]
+
+
+@pytest.mark.parametrize(
+    "file, old, new, entry, version, absent",
+    [
+        ("lock", "", "", [], [], []),
+        ("lock", "one==1.0", "one==1.1", [], ["one"], []),
+        ("pins", '["one==1.0"]', '["one==1.1"]', [], ["one"], []),
+        ("pins", ', "three==3.0"', "", [], ["three"], []),
+        ("pins", '"three==3.0"', '"three>=3.0"', [], ["three"], []),
+        ("pins", '["one==1.0"]', '["one"]', [], ["one"], []),
+        ("lock", "one==1.0", "one>=1.0", ["one>=1.0"], ["one"], []),
+        ("lock", "three==3.0", "four==3.0", [], ["four"], ["three"]),
+        ("lock", "0a0a", "0g0a", ["one==1.0", "Two==2.0", "three==3.0 ; python_version > '3'"], [], []),
+        ("lock", f" \\\n    {HASH}", "", ["one==1.0", "Two==2.0", "three==3.0 ; python_version > '3'"], [], []),
+        ("lock", "one==1.0", "one @ https://example.org/one.whl", ["one @ https://example.org/one.whl"], ["one"], []),
+        ("lock", "one==1.0 \\\n", "--index-url=x\none==1.0 \\\n", ["--index-url=x"], None, None),
+    ],
+)
+def test_what_does_not_fit_is_named(file, old, new, entry, version, absent):
+    pins, lock = SMALL_PINS, SMALL_LOCK
+    if file == "pins":
+        pins = pins.replace(old, new)
+    elif old:
+        lock = lock.replace(old, new)
+    assert faults_of_entries(lock) == entry
+    if version is not None:
+        assert faults_of_versions(pins, lock) == version
+        assert missing(pins, lock, requires_small) == absent
+    assert needed_here(pins, requires_small) == {"one", "two", "three"}
 
 
 def test_no_committed_file_names_a_package_registry():
@@ -71,14 +164,31 @@ def test_no_committed_file_names_a_package_registry():
     assert "uv.lock" not in listing.stdout.split()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What the project says of itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def test_the_readme_names_files_keys_and_loss_types_that_exist():
-    for path in set(re.findall(r"(?:configs|src|models|benchmarks|runs)/[\w./-]+\.(?:py|yaml|md)", README)):
-        assert (PROJECT / path).exists(), path
+    pages = ["README.md", "CONTRIBUTING.md", "runs/README.md", "configs/README.md", "benchmarks/MEMORY.md"]
+    for page in pages:
+        text = (PROJECT / page).read_text(encoding="utf-8")
+        for path in set(re.findall(r"(?:configs|src|models|benchmarks|runs)/[\w./-]+\.(?:py|yaml|md|png)", text)):
+            assert (PROJECT / path).exists(), f"{page} names {path}"
     keys = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
+    functions = re.findall(r"(?m)^def (\w+)|^    def (\w+)", "".join(
+        (PROJECT / "src" / name).read_text(encoding="utf-8")
+        for name in ("train_grpo.py", "engine/engine.py", "engine/build.py")
+    ))  # fmt: skip
+    known = (
+        keys
+        | {*known_penalties()}
+        | {name for pair in functions for name in pair}
+        | {"state_dict", "forward_backward", "prompt_ids"}
+    )
     for name in re.findall(r"`([a-z]+_[a-z_]+)`", README):
-        known = keys | {"add_advantages", "questions_of_step", "countdown", *LOSS_TYPES}
         assert name in known, f"the README names `{name}`, which is no key"
-    for loss_type in LOSS_TYPES:
+    for loss_type in known_penalties():
         assert f"| `{loss_type}` |" in README, f"the README's table misses {loss_type}"
 
 
@@ -89,17 +199,8 @@ def test_the_embedded_model_is_small_and_has_all_its_files():
 
 
 def test_compared_configs_differ_in_nothing_but_the_penalty():
-    own = {
-        "loss_type",
-        "beta",
-        "kl_target",
-        "kl_direction",
-        "kl_estimator",
-        "ot_target",
-        "ot_window",
-        "tau",
-        "q_temperature",
-    }
+    own = {"loss_type", "beta", "kl_target", "kl_direction", "kl_estimator", "ot_target", "ot_window", "tau",
+           "q_temperature", "q_epsilon", "length_normalized"}  # fmt: skip
     for folder in ("configs_tiny", "configs_0.5b", "configs_3b", "configs_7b"):
         files = [*(PROJECT / "configs" / folder).glob("*.yaml"), *(PROJECT / "configs" / f"{folder}_ot").glob("*.yaml")]
         shared = []
@@ -111,4 +212,4 @@ def test_compared_configs_differ_in_nothing_but_the_penalty():
         assert all(settings == shared[0] for settings in shared), folder
     name = PROJECT / "configs" / "configs_3b_ot" / "config_ot_beta0.1_target0.05_w8_3b.yaml"
     training = load_config(name).training
-    assert (training.loss_type, training.beta, training.ot_target, training.ot_window) == ("ot", 0.1, 0.05, 8)
+    assert (training.loss_type, training.beta, training.ot_target, training.ot_window) == ("ot", 0.1, 0.005, 8)

@@ -3,23 +3,21 @@
 import gc
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-from test_packing import CONFIGS, RAGGED, SHAPE, make_groups, make_pair
-from test_train_grpo import small_config
+from test_engine import tiny_config
+from test_packing import CONFIGS, SHAPE, make_pair, make_row, moved
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import src.prepare
 from src.config import ConfigError
-from src.memory import memory_plan
-from src.models import decoder_layers
-from src.packing import pack
-from src.prepare import prepare
-from src.reference import StreamedReference
-from src.scoring import Scores, score
+from src.engine import Engine, build
+from src.engine.models import decoder_layers
+from src.engine.plan import memory_plan
+from src.engine.reference import StreamedReference
+from src.engine.scoring import score
+from src.records import Scores
 from src.train_grpo import run_training
 
 CPU = torch.device("cpu")
@@ -34,18 +32,22 @@ def deep_model(monkeypatch):
 def make_anchor(name: str):
     """A model that is not the policy."""
     anchor = make_pair(name)[0].requires_grad_(False)
-    for index, weight in enumerate(anchor.parameters()):
-        weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+    moved(anchor)
     return anchor
 
 
 def scored(anchor, name: str, chunk_tokens=None, device="cpu") -> tuple[Scores, list[torch.Tensor]]:
-    """Scores of a batch, and the policy's gradients of log-probs and KL."""
+    """Scores of a row, and the policy's gradients of log-probs and KL."""
     policy = make_pair(name)[0].to(device)
-    batch = pack(make_groups(torch.Generator().manual_seed(1), RAGGED), device, torch.float32)
-    scores = score(policy, batch, 0.7, anchor, "reverse", chunk_tokens)
-    (scores.logprobs + 3 * scores.kl).sum().backward()
+    scores = score(policy, make_row(device=device), 0.7, anchor, {"kl": "reverse"}, chunk_tokens)
+    (scores.logprobs + 3 * scores.distances["kl"]).sum().backward()
     return scores, [weight.grad for weight in policy.parameters()]
+
+
+def assert_nothing_left(anchor: StreamedReference, before: list[int]) -> None:
+    assert addresses(anchor.model) == before
+    gc.collect()
+    assert not anchor.copies and not anchor.fetched and not anchor.at_home
 
 
 def addresses(model) -> list[int]:
@@ -56,18 +58,17 @@ def addresses(model) -> list[int]:
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
 def test_scores_and_gradients_are_those_of_a_resident_reference_bit_for_bit(name, chunk_tokens):
     expected, gradients = scored(make_anchor(name), name, chunk_tokens)
-    assert expected.kl.mean() > 0.01
+    assert expected.distances["kl"].mean() > 0.01
     model = make_anchor(name)
     before = addresses(model)
     anchor = StreamedReference(model, CPU)
     for _ in range(2):
         scores, found = scored(anchor, name, chunk_tokens)
-        for field in ("logprobs", "kl", "anchor_logprobs", "anchor_hidden"):
+        for field in ("logprobs", "anchor_logprobs", "anchor_hidden"):
             assert torch.equal(getattr(scores, field), getattr(expected, field)), field
+        assert torch.equal(scores.distances["kl"], expected.distances["kl"])
         assert all(map(torch.equal, found, gradients))
-        assert addresses(model) == before
-        gc.collect()
-        assert not anchor.copies and not anchor.fetched and not anchor.at_home
+        assert_nothing_left(anchor, before)
 
 
 def test_at_most_two_layers_are_there_at_once_and_every_weight_is_copied_once_a_pass():
@@ -100,10 +101,9 @@ def test_a_layer_that_fails_leaves_nothing_behind():
     anchor = StreamedReference(model, CPU)
     with pytest.raises(ValueError, match="attention_plan"):
         anchor.get_decoder()(input_ids=torch.tensor([[1, 2]]))
-    assert addresses(model) == before
-    gc.collect()
-    assert not anchor.copies and not anchor.fetched and not anchor.at_home
-    assert torch.equal(scored(anchor, "deep")[0].kl, scored(make_anchor("deep"), "deep")[0].kl)
+    assert_nothing_left(anchor, before)
+    ours, theirs = (scored(each, "deep")[0].anchor_logprobs for each in (anchor, make_anchor("deep")))
+    assert torch.equal(ours, theirs)
 
 
 def test_loading_replaces_the_weights_in_host_memory_also_while_an_old_head_is_kept():
@@ -120,35 +120,32 @@ def test_loading_replaces_the_weights_in_host_memory_also_while_an_old_head_is_k
 
 
 def test_a_run_learns_the_same_and_goes_on_from_a_checkpoint_with_a_moving_reference(tmp_path):
-    keys = ["training.reference_sync_steps=2", "training.ckpt_save_interval=1", "training.eval_interval=0"]
-    folders = []
+    keys = ["training.reference_sync_steps=2", "training.ckpt_save_interval=1", "training.eval_first=false"]
+    finals = []
     for name, steps in (("resident", [3]), ("offloaded", [2, 3])):
         for last in steps:
             own = [f"training.reference_offload={str(name == 'offloaded').lower()}", f"training.max_steps={last}"]
-            run_training(small_config(*keys, *own), "countdown", tmp_path / name)
-        folders.append(tmp_path / name / "runs" / "config_kl_beta0.04_tiny_countdown" / "final")
-    resident, offloaded = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
-    assert all(torch.equal(weight, offloaded[name]) for name, weight in resident.items())
+            run_training(tiny_config(*keys, *own), "countdown", tmp_path / name)
+        (final,) = (tmp_path / name).glob("runs/*/final")
+        finals.append(AutoModelForCausalLM.from_pretrained(final).state_dict())
+    assert all(torch.equal(weight, finals[1][name]) for name, weight in finals[0].items())
 
 
-def test_it_is_refused_where_the_reference_is_no_model_of_its_own():
+def test_it_is_refused_where_the_reference_is_no_model_of_its_own(monkeypatch):
+    offload = "training.reference_offload=true"
     with pytest.raises(ConfigError, match=r"reference_offload does nothing with lora.*remove the key"):
-        prepare(small_config("training.reference_offload=true", "lora.r=2"), "countdown")
-    offload = small_config("training.reference_offload=true")
-    with patch.object(src.prepare, "world", lambda: 2):
-        with pytest.raises(ConfigError, match=r"reference_offload is not possible with.*parallel: replicate"):
-            prepare(offload, "countdown")
-        offload.training.parallel = "replicate"
-        src.prepare.check_reference_offload(offload)
+        Engine(tiny_config(offload, "lora.r=2"))
+    monkeypatch.setattr(build, "world", lambda: 2)
+    with pytest.raises(ConfigError, match=r"reference_offload is not possible with.*parallel: replicate"):
+        Engine(tiny_config(offload))
+    build.check_reference_offload(tiny_config(offload, "training.parallel=replicate"))
 
 
 def test_the_plan_counts_two_layers_and_the_embedding():
-    model = make_pair("deep")[0]
-    config = small_config("model.dtype=float32")
-    plans = []
+    model, config, plans = make_pair("deep")[0], tiny_config(), []
     for offload in (False, True):
         config.training = replace(config.training, reference_offload=offload)
-        plans.append(memory_plan(SimpleNamespace(config=config, model=model, anchor=model)))
+        plans.append(memory_plan(config, model, model))
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # queries and output, keys and values, MLP, norms
     rest = 61 * 32 + 32
     assert plans[0].pop("reference") == 4 * (5 * layer + rest)

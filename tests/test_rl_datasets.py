@@ -13,21 +13,22 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from src.config import ConfigError, DataConfig
-from src.grading import (
+from src.rl_datasets import TASKS, Countdown, get_task, random_expression, split_of
+from src.tasks import (
     MAX_DIGITS,
-    MAX_EXPRESSION_DEPTH,
-    MAX_EXPRESSION_LENGTH,
-    MAX_GRADED_LENGTH,
     ExpressionError,
     evaluate_expression,
     has_think_answer_format,
     last_answer,
+    make_problems,
 )
-from src.rl_datasets import TASKS, Countdown, get_task, make_problems, random_expression, split_of
+from src.tasks.answers import MAX_GRADED_LENGTH
+from src.tasks.expressions import MAX_EXPRESSION_DEPTH, MAX_EXPRESSION_LENGTH
+from src.tasks.task import SYSTEM_PROMPT
 
 quick = settings(max_examples=300, deadline=None)
 
@@ -56,6 +57,12 @@ def independent_evaluation(text: str) -> tuple[Fraction, list[int]]:
         if isinstance(node, ast.Constant):
             numbers.append(node.value)
             return Fraction(node.value)
+        if (
+            isinstance(node, ast.UnaryOp)
+            and isinstance(node.op, ast.USub)
+            and not isinstance(node.operand, ast.UnaryOp)
+        ):
+            return -value(node.operand)
         if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div):
             raise ValueError("grammar")
         left, right = value(node.left), value(node.right)
@@ -99,30 +106,26 @@ def test_near_expressions_are_judged_alike(text):
     assert outcome(evaluate_expression, text) == outcome(independent_evaluation, text)
 
 
+OTHER_SPELLINGS = set("=.$`[]{}xX\\×·∙⋅÷−–")  # verdicts on these are written by hand in tests/test_grading.py
+
+
 @quick
 @given(
-    st.text(alphabet=st.sampled_from(string.printable + "٣３＋−×÷²½_\x00\u2028\ud800"), max_size=20)
-    | st.text(max_size=40)
+    st.text(alphabet=st.sampled_from(string.printable + "٣３＋²½_\x00\u2028\ud800"), max_size=20) | st.text(max_size=40)
 )
 def test_garbage_is_judged_alike(text):
+    assume(not OTHER_SPELLINGS & set(text))
     assert outcome(evaluate_expression, text) == outcome(independent_evaluation, text)
 
 
 @pytest.mark.parametrize(
     ("text", "value", "numbers"),
     [
-        ("7", 7, [7]),
-        ("2 + 3 * 4", 14, [2, 3, 4]),
-        ("(2 + 3) * 4", 20, [2, 3, 4]),
-        ("2 - 3 - 4", -5, [2, 3, 4]),
-        ("24 / 4 / 2", 3, [24, 4, 2]),
-        ("8 / (3 - 8 / 3)", 24, [8, 3, 8, 3]),
-        ("1 / 3", Fraction(1, 3), [1, 3]),
-        (" \n((9))\t", 9, [9]),
-        ("007", 7, [7]),
-        ("0 / 5", 0, [0, 5]),
+        ("7", 7, [7]), ("2 + 3 * 4", 14, [2, 3, 4]), ("(2 + 3) * 4", 20, [2, 3, 4]), ("2 - 3 - 4", -5, [2, 3, 4]),
+        ("24 / 4 / 2", 3, [24, 4, 2]), ("8 / (3 - 8 / 3)", 24, [8, 3, 8, 3]), ("1 / 3", Fraction(1, 3), [1, 3]),
+        (" \n((9))\t", 9, [9]), ("007", 7, [7]), ("0 / 5", 0, [0, 5]),
     ],
-)
+)  # fmt: skip
 def test_values_worked_by_hand(text, value, numbers):
     assert evaluate_expression(text) == (value, numbers)
 
@@ -130,65 +133,13 @@ def test_values_worked_by_hand(text, value, numbers):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        " ",
-        "\n",
-        "()",
-        "(",
-        ")",
-        "(1",
-        "1)",
-        "1 +",
-        "+ 1",
-        "-1",
-        "1 + -1",
-        "--1",
-        "1 2",
-        "(1)(2)",
-        "2(3)",
-        "1 ++ 1",
-        "1 // 2",
-        "2 ** 3",
-        "99**98**97",
-        "1_0",
-        "1.5",
-        "1.",
-        ".5",
-        "1e3",
-        "0x10",
-        "1j",
-        "1,2",
-        "1 = 1",
-        "1 == 1",
-        "x",
-        "1 % 2",
-        "1 / 0",
-        "1 / (2 - 2)",
-        "0 / 0",
-        "1 & 1",
-        "~1",
-        "1 < 2",
-        "[1]",
-        "'1'",
-        "1;2",
-        "1#2",
-        "\u0663 + 1",
-        "\uff13 + 1",
-        "3 \uff0b 1",
-        "3 \u2212 1",
-        "3 \u00d7 1",
-        "6 \u00f7 2",
-        "2\u00b2",
-        "\u00bd",
-        "\u2460",
-        "3\u00a0+ 1",
-        "3\u200b+1",
-        "1\r+1",
-        "1\x00",
-        "__import__('os').system('true')",
-        "\ud800",
+        "", " ", "\n", "()", "(", ")", "(1", "1)", "1 +", "+ 1", "--1", "1 - - -1", "1 2", "(1)(2)", "2(3)",
+        "1 ++ 1", "1 // 2", "2 ** 3", "99**98**97", "1_0", "1.5", ".5", "1e3", "1j", "1,2", "1 = 1",
+        "1 == 1", "x", "1 % 2", "1 / 0", "1 / (2 - 2)", "0 / 0", "1 & 1", "~1", "1 < 2", "[1)", "'1'", "1;2", "1#2",
+        "\u0663 + 1", "\uff13 + 1", "3 \uff0b 1", "2\u00b2", "\u00bd",
+        "\u2460", "3\u00a0+ 1", "3\u200b+1", "1\r+1", "1\x00", "__import__('os').system('true')", "\ud800",
     ],
-)
+)  # fmt: skip
 def test_refused(text):
     with pytest.raises(ExpressionError):
         evaluate_expression(text)
@@ -219,40 +170,18 @@ def think(answer: str) -> str:
 @pytest.mark.parametrize(
     ("answer", "correct"),
     [
-        ("3 * 5 + 7", 1),
-        ("7+5*3", 1),
-        ("(5 * 3) + 7", 1),
-        (" \n3 * 5 + 7\n ", 1),
-        ("((3) * (5) + 7)", 1),
+        ("3 * 5 + 7", 1), ("7+5*3", 1), ("(5 * 3) + 7", 1), (" \n3 * 5 + 7\n ", 1), ("((3) * (5) + 7)", 1),
         ("15 + 7", 0),  # 15 is none of the numbers
-        ("3 * 5", 0),
-        ("22", 0),
-        ("", 0),
-        (" ", 0),  # numbers are missing
-        ("3 * 5 + 7 + 3 - 3", 0),
-        ("3 * 5 + 7 * 5 / 5", 0),
-        ("3 * 5 + 7 + 0", 0),
-        ("3 * 5 + 7 * 1", 0),  # too many
-        ("3 + 5 + 7", 0),
-        ("7 * 5 - 3", 0),
-        ("3 * 7 + 5", 0),
-        ("3 - 5 * 7", 0),  # another value
-        ("3 * 5 + 7 = 22", 0),
-        ("22 = 3 * 5 + 7", 0),
-        ("3 * 5 + 7.", 0),
-        ("$3 * 5 + 7$", 0),
-        ("3 x 5 + 7", 0),
-        ("- 3 * -5 + 7", 0),
-        ("3 * 5 + 7 / 0", 0),
-        ("3 * 5 + 7 ** 1", 0),
-        ("\uff13 * 5 + 7", 0),
-        ("3 * 5 \uff0b 7", 0),
-        ("1" * 300, 0),
-        ("(" * 300 + "1" + ")" * 300, 0),
-        ("1+" * 49_000 + "1", 0),
+        ("3 * 5", 0), ("22", 0), ("", 0), (" ", 0),  # numbers are missing
+        ("3 * 5 + 7 + 3 - 3", 0), ("3 * 5 + 7 * 5 / 5", 0), ("3 * 5 + 7 + 0", 0), ("3 * 5 + 7 * 1", 0),  # too many
+        ("3 + 5 + 7", 0), ("7 * 5 - 3", 0), ("3 * 7 + 5", 0), ("3 - 5 * 7", 0),  # another value
+        ("3 * 5 + 7 = 22", 1), ("22 = 3 * 5 + 7", 1), ("3 * 5 + 7.", 1), ("$3 * 5 + 7$", 1), ("3 x 5 + 7", 1),
+        ("3 * 5 + 7 = 23", 0), ("22", 0), ("22 = 22", 0), ("- 3 * -5 + 7", 1),
+        ("3 * 5 + 7 / 0", 0), ("3 * 5 + 7 ** 1", 0), ("\uff13 * 5 + 7", 0),
+        ("3 * 5 \uff0b 7", 0), ("1" * 300, 0), ("(" * 300 + "1" + ")" * 300, 0), ("1+" * 49_000 + "1", 0),
         ("3 * 5 + 7" + " " * 90_000, 1),
     ],
-)
+)  # fmt: skip
 def test_answer(answer, correct):
     assert TASK.reward(think(answer), REFERENCE) == {"reward": correct + 0.1, "answer": correct, "format": 1.0}
 
@@ -261,17 +190,13 @@ def test_answer(answer, correct):
     ("nums", "target", "answer", "correct"),
     [
         ([3, 3, 8, 8], 24, "8 / (3 - 8 / 3)", 1),  # only exact with fractions
-        ([1, 3, 3], 1, "1 / 3 * 3", 1),
-        ([1, 2], 12, "12", 0),  # digits are not glued together
+        ([1, 3, 3], 1, "1 / 3 * 3", 1), ([1, 2], 12, "12", 0),  # digits are not glued together
         ([5, 5, 1], 11, "5 + 5 + 1", 1),  # a repeated number is used as often as it is given
-        ([5, 5, 1], 6, "5 + 1", 0),
-        ([5, 1], 11, "5 + 5 + 1", 0),
-        ([4, 6], 10, "6 + 4", 1),
-        ([1, 7], 0, "7 - 7 * 1", 0),
-        ([7, 3], 2, "7 / 3", 0),  # 2.33 is not rounded
+        ([5, 5, 1], 6, "5 + 1", 0), ([5, 1], 11, "5 + 5 + 1", 0), ([4, 6], 10, "6 + 4", 1),
+        ([1, 7], 0, "7 - 7 * 1", 0), ([7, 3], 2, "7 / 3", 0),  # 2.33 is not rounded
         ([1000000, 1], 1000001, "1000000 + 1", 0),  # beyond the bound on digits
     ],
-)
+)  # fmt: skip
 def test_answer_with_other_numbers(nums, target, answer, correct):
     assert TASK.reward(think(answer), {"nums": nums, "target": target})["answer"] == correct
 
@@ -282,55 +207,32 @@ RIGHT, WRONG = "<answer>3 * 5 + 7</answer>", "<answer>3 + 5 + 7</answer>"
 @pytest.mark.parametrize(
     ("text", "correct", "well_formed"),
     [
-        (f"<think>so</think>\n{RIGHT}", 1, 1),
-        (f"<think>so</think>\n{WRONG}", 0, 1),
+        (f"<think>so</think>\n{RIGHT}", 1, 1), (f"<think>so</think>\n{WRONG}", 0, 1),
         (f" so</think>\n{RIGHT}", 1, 1),  # the prompt may have opened <think>
-        (f"</think>{RIGHT}", 1, 1),
-        (f"\n <think></think>\n\n{RIGHT}\n ", 1, 1),
-        (f"<think>\n\na < b > c\n</think> {RIGHT}", 1, 1),
-        ("<think>so</think><answer></answer>", 0, 1),
-        ("", 0, 0),
-        ("3 * 5 + 7", 0, 0),
-        (" " * 1000, 0, 0),
-        (RIGHT, 1, 0),  # no thought
-        (f"<think>so\n{RIGHT}", 1, 0),
-        (f"so</think>\n{RIGHT[:-9]}", 0, 0),
-        (f"so</think>\n{RIGHT[8:]}", 0, 0),
-        (f"<think>so</think> therefore {RIGHT}", 1, 0),
-        (f"<think>so</think>{RIGHT}.", 1, 0),
-        (f"{RIGHT}</think>", 1, 0),
-        (f"hm <think>so</think>{RIGHT}", 1, 0),
-        (f"<think>so</think>{RIGHT}<think>", 1, 0),
-        (f"<think>a</think><think>b</think>{RIGHT}", 1, 0),
-        (f"<think><think>a</think></think>{RIGHT}", 1, 0),
-        (f"<think>{RIGHT}</think>", 1, 0),
+        (f"</think>{RIGHT}", 1, 1), (f"\n <think></think>\n\n{RIGHT}\n ", 1, 1),
+        (f"<think>\n\na < b > c\n</think> {RIGHT}", 1, 1), ("<think>so</think><answer></answer>", 0, 1), ("", 0, 0),
+        ("3 * 5 + 7", 0, 0), (" " * 1000, 0, 0), (RIGHT, 1, 0),  # no thought
+        (f"<think>so\n{RIGHT}", 1, 0), (f"so</think>\n{RIGHT[:-9]}", 0, 0), (f"so</think>\n{RIGHT[8:]}", 0, 0),
+        (f"<think>so</think> therefore {RIGHT}", 1, 0), (f"<think>so</think>{RIGHT}.", 1, 0),
+        (f"{RIGHT}</think>", 1, 0), (f"hm <think>so</think>{RIGHT}", 1, 0),
+        (f"<think>so</think>{RIGHT}<think>", 1, 0), (f"<think>a</think><think>b</think>{RIGHT}", 1, 0),
+        (f"<think><think>a</think></think>{RIGHT}", 1, 0), (f"<think>{RIGHT}</think>", 1, 0),
         # the last complete answer block counts
-        (f"<think>so</think>{RIGHT}{WRONG}", 0, 0),
-        (f"<think>so</think>{WRONG}{RIGHT}", 1, 0),
-        (f"<think>{WRONG}</think>{RIGHT}", 1, 0),
-        (f"<think>{RIGHT}</think>{WRONG}", 0, 0),
-        (f"{RIGHT} in the middle of a text", 1, 0),
-        (f"{RIGHT}<answer>1", 1, 0),
-        (f"{RIGHT}</answer>", 1, 0),
+        (f"<think>so</think>{RIGHT}{WRONG}", 0, 0), (f"<think>so</think>{WRONG}{RIGHT}", 1, 0),
+        (f"<think>{WRONG}</think>{RIGHT}", 1, 0), (f"<think>{RIGHT}</think>{WRONG}", 0, 0),
+        (f"{RIGHT} in the middle of a text", 1, 0), (f"{RIGHT}<answer>1", 1, 0), (f"{RIGHT}</answer>", 1, 0),
         # nested, crossed and made-up tags
-        (f"<think>so</think><answer>{RIGHT}</answer>", 1, 0),
-        ("<answer><answer>3 * 5 + 7</answer>1</answer>", 1, 0),
-        ("<answer>3 * 5<answer> + 7</answer></answer>", 0, 0),
-        ("</answer>3 * 5 + 7<answer>", 0, 0),
-        ("<answer>3 * 5 + 7<answer>", 0, 0),
-        ("<answer>3 *</answer> 5 + 7</answer>", 0, 0),
-        ("<ANSWER>3 * 5 + 7</ANSWER>", 0, 0),
-        ("< answer>3 * 5 + 7</ answer>", 0, 0),
-        ("<answer >3 * 5 + 7</answer>", 0, 0),
-        ("\uff1canswer\uff1e3 * 5 + 7\uff1c/answer\uff1e", 0, 0),
-        ("<answer/>3 * 5 + 7</answer>", 0, 0),
-        ("<think>so</think><answer>3 * 5 + 7</think></answer>", 0, 0),
+        (f"<think>so</think><answer>{RIGHT}</answer>", 1, 0), ("<answer><answer>3 * 5 + 7</answer>1</answer>", 1, 0),
+        ("<answer>3 * 5<answer> + 7</answer></answer>", 0, 0), ("</answer>3 * 5 + 7<answer>", 0, 0),
+        ("<answer>3 * 5 + 7<answer>", 0, 0), ("<answer>3 *</answer> 5 + 7</answer>", 0, 0),
+        ("<ANSWER>3 * 5 + 7</ANSWER>", 0, 0), ("< answer>3 * 5 + 7</ answer>", 0, 0),
+        ("<answer >3 * 5 + 7</answer>", 0, 0), ("\uff1canswer\uff1e3 * 5 + 7\uff1c/answer\uff1e", 0, 0),
+        ("<answer/>3 * 5 + 7</answer>", 0, 0), ("<think>so</think><answer>3 * 5 + 7</think></answer>", 0, 0),
         ("<think>so</think><answer><think>3 * 5 + 7</answer>", 0, 0),
         # a long text: its end is graded, its format is not
-        ("x" * 200_000 + f"</think>{RIGHT}", 1, 0),
-        (RIGHT + "x" * 200_000, 0, 0),
+        ("x" * 200_000 + f"</think>{RIGHT}", 1, 0), (RIGHT + "x" * 200_000, 0, 0),
     ],
-)
+)  # fmt: skip
 def test_completion(text, correct, well_formed):
     expected = {"reward": correct + 0.1 * well_formed, "answer": correct, "format": well_formed}
     assert TASK.reward(text, REFERENCE) == expected
@@ -344,22 +246,9 @@ def test_rewards_are_plain_numbers():
 # --- hostile text -----------------------------------------------------------------------------------------------------
 
 TAGS = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "\n",
-    " ",
-    "3 * 5 + 7",
-    "3",
-    "*",
-    "(",
-    "<",
-    "</",
-    "x",
-    "\x00",
+    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "3 * 5 + 7", "3", "*", "(", "<", "</", "x", "\x00",
     "\u0663",
-]
+]  # fmt: skip
 
 
 @quick
@@ -376,37 +265,16 @@ def test_no_text_raises_or_earns_without_a_right_answer(text):
 
 MILLION = 1_000_000
 FLOODS = {
-    "letters": "a",
-    "blanks": " ",
-    "lines": "\n",
-    "mixed blanks": " \n\t",
-    "less-than": "<",
-    "thinks": "<think>",
-    "closed thinks": "</think>",
-    "answers": "<answer>",
-    "closed answers": "</answer>",
-    "blocks": RIGHT,
-    "open blocks": "<answer>3 * 5 + 7 ",
-    "half tags": "<answer",
-    "both": "<answer></answer><answer>",
-    "parentheses": "(",
-    "digits": "9",
-    "powers": "9**",
-    "minus": "-",
-    "think blocks": "<think>a</think>",
-    "nul": "\x00",
-    "astral": "\U0001f600",
-}
+    "letters": "a", "blanks": " ", "lines": "\n", "mixed blanks": " \n\t", "less-than": "<", "thinks": "<think>",
+    "closed thinks": "</think>", "answers": "<answer>", "closed answers": "</answer>", "blocks": RIGHT,
+    "open blocks": "<answer>3 * 5 + 7 ", "half tags": "<answer", "both": "<answer></answer><answer>",
+    "parentheses": "(", "digits": "9", "powers": "9**", "minus": "-", "think blocks": "<think>a</think>",
+    "nul": "\x00", "astral": "\U0001f600",
+}  # fmt: skip
 FRAMES = [
-    "{}",
-    "{}</think>" + RIGHT + "x",
-    "</think>{}",
-    "</think>{}x",
-    "</think>" + RIGHT + "{}x",
-    "<answer>{}</answer>",
-    "x</think><answer>{}",
-    "<think>{}</think><answer>{}</answer>",
-]
+    "{}", "{}</think>" + RIGHT + "x", "</think>{}", "</think>{}x", "</think>" + RIGHT + "{}x", "<answer>{}</answer>",
+    "x</think><answer>{}", "<think>{}</think><answer>{}</answer>",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("flood", FLOODS)
@@ -440,20 +308,17 @@ def reachable(numbers: list[Fraction]) -> set[Fraction]:
     return found
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_every_problem_is_solvable_and_in_range(split):
-    data = DataConfig(num_numbers=[3], number_max=20, target_max=50, train_size=60, eval_size=60)
+@pytest.mark.parametrize(
+    ("split", "count", "largest", "size"),
+    [("train", 3, 20, 60), ("validation", 3, 20, 60), ("test", 3, 20, 60), ("train", 4, 12, 3)],
+)
+def test_every_problem_is_solvable_and_in_range(split, count, largest, size):
+    data = DataConfig(num_numbers=[count], number_max=largest, target_max=50, train_size=size, eval_size=size)
     rows = Countdown(data).load(split)
-    assert len(rows) == 60
+    assert len(rows) == size
     for row in rows:
-        assert set(row) == {"nums", "target"} and len(row["nums"]) == 3
-        assert all(1 <= number <= 20 for number in row["nums"]) and 1 <= row["target"] <= 50
-        assert row["target"] in reachable([Fraction(number) for number in row["nums"]])
-
-
-def test_four_numbers_are_solvable_too():
-    rows = Countdown(DataConfig(num_numbers=[4], number_max=12, train_size=3)).load("train")
-    for row in rows:
+        assert set(row) == {"nums", "target"} and len(row["nums"]) == count
+        assert all(1 <= number <= largest for number in row["nums"]) and 1 <= row["target"] <= 50
         assert row["target"] in reachable([Fraction(number) for number in row["nums"]])
 
 
@@ -497,16 +362,11 @@ def test_the_held_out_problems_are_these_for_ever():
     ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_numbers": [2], "number_max": 2},  # three multisets, none of them a test problem
-        {"num_numbers": [2], "number_max": 2, "target_max": 1},
-    ],
-)
-def test_an_impossible_generator_says_so(options):
+@pytest.mark.parametrize("target_max", [99, 1])
+def test_an_impossible_generator_says_so(target_max):
+    data = DataConfig(num_numbers=[2], number_max=2, target_max=target_max)  # three multisets, none a test problem
     with pytest.raises(ConfigError, match="no test problem of these num_numbers, number_max and target_max; raise"):
-        Countdown(DataConfig(**options)).load("test")
+        Countdown(data).load("test")
 
 
 @quick
@@ -527,11 +387,8 @@ def test_random_expression_says_what_it_is(numbers, seed, in_order):
 
 
 def test_get_task():
-    for name in TASKS:
-        assert isinstance(get_task(name), TASKS[name])
+    assert all(isinstance(get_task(name), TASKS[name]) for name in TASKS)
     assert get_task("countdown", DataConfig(seed=3)).data.seed == 3
-    with pytest.raises(ConfigError, match=r"countdwn is not a dataset; did you mean countdown\?"):
-        get_task("countdwn")
 
 
 @pytest.fixture(scope="module")
@@ -556,22 +413,15 @@ ROWS = [{"nums": [3, 5, 7], "target": 22}, {"nums": [3, 5, 7, 11, 13], "target":
 
 
 def test_prompts_with_a_chat_template(tokenizer):
-    problems = make_problems(Countdown(DataConfig(response_prefix="")), ROWS, tokenizer, 100)
-    assert [problem.prompt_text for problem in problems] == [
-        "<|user|>3 5 7 = 22<|assistant|>",
-        "<|user|>3 5 7 11 13 = 9<|assistant|>",
-        "<|user|>2 2 = 4<|assistant|>",
-    ]
-    assert [problem.reference for problem in problems] == ROWS
+    beginning, begin = with_begin_token(tokenizer)
+    problems = make_problems(Countdown(DataConfig(response_prefix="")), ROWS, beginning, 100)
+    texts = ["3 5 7 = 22", "3 5 7 11 13 = 9", "2 2 = 4"]
+    assert [problem.prompt_text for problem in problems] == [f"<|user|>{text}<|assistant|>" for text in texts]
+    assert [problem.row for problem in problems] == ROWS
     assert [problem.index for problem in problems] == [0, 1, 2]
     for problem in problems:
         assert isinstance(problem.prompt_ids, tuple) and tokenizer.decode(problem.prompt_ids) == problem.prompt_text
-
-
-def test_a_chat_template_already_has_its_begin_token(tokenizer):
-    beginning, begin = with_begin_token(tokenizer)
-    problem = make_problems(Countdown(DataConfig(response_prefix="")), ROWS, beginning, 100)[0]
-    assert problem.prompt_ids.count(begin) == 1
+        assert problem.prompt_ids.count(begin) == 1, "the template has it already"
 
 
 def test_a_template_that_knows_no_system_message_is_one_sentence(tokenizer):
@@ -611,32 +461,26 @@ def test_prompts_without_a_chat_template(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("given_prefix", "end"),
-    [
-        (None, "<|assistant|>Let me solve this step by step.\n<think>"),
-        ("", "<|assistant|>"),
-        ("\n", "<|assistant|>\n"),
-    ],
+    ("prefix", "end"), [(None, "Let me solve this step by step.\n<think>"), ("", ""), ("\n", "\n")]
 )
-def test_response_prefix_is_part_of_the_prompt(tokenizer, given_prefix, end):
-    problem = make_problems(Countdown(DataConfig(response_prefix=given_prefix)), ROWS, tokenizer, 100)[0]
-    assert problem.prompt_text.endswith(end)
+def test_response_prefix_is_part_of_the_prompt(tokenizer, prefix, end):
+    problem = make_problems(Countdown(DataConfig(response_prefix=prefix)), ROWS, tokenizer, 100)[0]
+    assert problem.prompt_text.endswith("<|assistant|>" + end)
     assert problem.prompt_ids == tuple(tokenizer(problem.prompt_text, add_special_tokens=False).input_ids)
 
 
-@pytest.mark.parametrize(
-    ("given_prompt", "roles"),
-    [
-        (None, ["system", "user"]),
-        ("Be brief.", ["system", "user"]),
-        ("", ["user"]),
-    ],
-)
-def test_system_prompt(given_prompt, roles):
-    messages = Countdown(DataConfig(system_prompt=given_prompt)).messages(ROWS[0])
-    assert [message["role"] for message in messages] == roles
-    if given_prompt:
-        assert messages[0]["content"] == given_prompt
+@pytest.mark.parametrize(("given", "systems"), [(None, [SYSTEM_PROMPT]), ("Be brief.", ["Be brief."]), ("", [])])
+def test_system_prompt(given, systems):
+    *first, user = Countdown(DataConfig(system_prompt=given)).messages(ROWS[0])
+    assert first == [{"role": "system", "content": text} for text in systems] and user["role"] == "user"
+
+
+def test_a_template_that_renders_every_prompt_alike_is_one_sentence(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ problem.nothing }}x"
+    with pytest.raises(ConfigError, match=r"renders every prompt of this task alike.*set data.prompt_format: raw"):
+        make_problems(Countdown(DataConfig()), ROWS, tokenizer, 100)
+    assert make_problems(Countdown(DataConfig()), ROWS[:1] * 2, tokenizer, 100), "the rows are alike"
 
 
 def test_prompts_that_are_too_long_are_left_out(tokenizer):
@@ -644,5 +488,5 @@ def test_prompts_that_are_too_long_are_left_out(tokenizer):
     lengths = [len(problem.prompt_ids) for problem in make_problems(task, ROWS, tokenizer, 100)]
     assert lengths[2] < lengths[0] < lengths[1]
     kept = make_problems(task, ROWS, tokenizer, lengths[0])
-    assert [(problem.index, problem.reference) for problem in kept] == [(0, ROWS[0]), (2, ROWS[2])], "at most, not less"
+    assert [(problem.index, problem.row) for problem in kept] == [(0, ROWS[0]), (2, ROWS[2])], "at most, not less"
     assert make_problems(task, ROWS, tokenizer, lengths[2] - 1) == []

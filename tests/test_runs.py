@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from src.config import load_config
-from src.runs import by_seed, frontier, markdown, mean_and_band, read_runs, series, smooth, summary
+from src.run.reading import by_seed, frontier, markdown, mean_and_band, method, read_runs, series, smooth, summary
 
 PROJECT = Path(__file__).parent.parent
 NOTEBOOK = PROJECT / "results_reading.ipynb"
@@ -29,11 +29,15 @@ def rewards(*values, first: int = 1) -> list[dict]:
     return [{"step": step, "train/reward": value} for step, value in enumerate(values, first)]
 
 
-def test_a_resumed_run_has_no_duplicates_and_the_last_write_of_a_step_wins(tmp_path):
-    write_run(tmp_path / "a_countdown", [*rewards(0.1, 0.2, 0.3), *rewards(0.7, 0.8, first=2)])
+def test_lines_of_one_step_are_one_row_and_of_a_value_written_twice_the_later_counts(tmp_path):
+    """A resumed run takes steps again; an evaluation has a line of its own, perhaps of a later process."""
+    evaluation = {"step": 3, "eval/pass@1": 0.5}
+    rows = [*rewards(0.1, 0.2, 0.3), *rewards(0.7, 0.8, first=2), evaluation, *rewards(0.9, first=4)]
+    write_run(tmp_path / "a_countdown", rows)
     [run] = read_runs(tmp_path)
     steps, values = series(run, "train/reward")
-    assert steps.tolist() == [1, 2, 3] and values.tolist() == [0.1, 0.7, 0.8]
+    assert steps.tolist() == [1, 2, 3, 4] and values.tolist() == [0.1, 0.7, 0.8, 0.9]
+    assert run.rows[2] == {"step": 3, "train/reward": 0.8, "eval/pass@1": 0.5} and run.last_step == 4
 
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "train/rew', "\x00\x00\x00", "null\n", '{"train/reward": 1}\n', "[3]\n"])
@@ -56,27 +60,24 @@ def test_incomplete_runs_and_empty_folders_are_no_error(tmp_path):
     write_run(tmp_path / "begun_countdown")
     write_run(tmp_path / "stopped_countdown", rewards(0.5))
     write_run(tmp_path / "whole_countdown", rewards(0.5, 0.6))
-    (tmp_path / "only_metrics").mkdir()
-    (tmp_path / "only_metrics" / "metrics.jsonl").write_text('{"step": 1, "train/reward": 1.0}\n')
-    (tmp_path / "only_config").mkdir()
-    (tmp_path / "only_config" / "config.yaml").write_text("training: [broken")
+    final = write_run(tmp_path / "without_max_steps_countdown", rewards(0.5), max_steps=None)
+    for name, file, text in (("only_metrics", "metrics.jsonl", '{"step": 1, "train/reward": 1.0}\n'),
+                             ("only_config", "config.yaml", "training: [broken")):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
     runs = read_runs(tmp_path)
     assert {run.name: (run.last_step, run.complete) for run in runs} == {
         "begun_countdown": (-1, False), "only_config": (-1, False), "only_metrics": (1, False),
-        "stopped_countdown": (1, False), "whole_countdown": (2, True),
+        "stopped_countdown": (1, False), "whole_countdown": (2, True), "without_max_steps_countdown": (1, False),
     }  # fmt: skip
-    assert markdown(summary(runs)).count("\n") == 6
-    assert {"only_metrics", "kl beta 0.04"} <= set(by_seed(runs))
-    for group in by_seed(runs).values():
+    (final / "final").mkdir()
+    assert read_runs(final)[0].complete, "the final model tells it"
+    assert markdown(summary(runs)).count("\n") == 7
+    groups = by_seed(runs)
+    assert "only_metrics" in groups and any(label.startswith("kl beta 0.04") for label in groups)
+    for group in groups.values():
         assert all(len(column) == 0 for column in mean_and_band(group, "eval/pass@1"))
         assert all(len(column) == 0 for column in frontier(group))
-
-
-def test_without_max_steps_the_final_model_tells_that_a_run_is_complete(tmp_path):
-    folder = write_run(tmp_path / "a_countdown", rewards(0.5), max_steps=None)
-    assert not read_runs(tmp_path)[0].complete
-    (folder / "final").mkdir()
-    assert read_runs(tmp_path)[0].complete
 
 
 def test_runs_are_found_in_sub_folders_and_checkpoints_are_not_runs(tmp_path):
@@ -95,10 +96,11 @@ def test_seeds_belong_together_and_nothing_else_does(tmp_path):
     write_run(tmp_path / "seed0" / "kl_countdown.1", rewards(9), seed=0)  # set aside: the same seed once more
     write_run(tmp_path / "seed2" / "kl_countdown.1", rewards(2, 9), seed=2)  # set aside, but it got farther
     write_run(tmp_path / "seed0" / "ot_countdown", loss_type="ot", beta=0.5, ot_window=8, ot_target=0.0)
+    write_run(tmp_path / "seed0" / "both_countdown", loss_type={"kl": 0.04, "ot": 0.5})
     write_run(tmp_path / "seed0" / "none_countdown", loss_type="none")
     groups = by_seed(read_runs(tmp_path))
     sizes = {label: len(group) for label, group in groups.items()}
-    assert sizes == {"kl beta 0.04": 3, "none": 1, "ot beta 0.5 window 8": 1}
+    assert sizes == {"kl 0.04 + ot 0.5": 1, "kl beta 0.04": 3, "none": 1, "ot beta 0.5 window 8": 1}
     assert [series(run, "train/reward")[1].tolist() for run in groups["kl beta 0.04"]] == [[0], [1], [2, 9]]
 
 
@@ -133,35 +135,34 @@ def test_mean_and_band_by_hand_at_the_steps_all_seeds_have(tmp_path):
 EVALUATED = [
     {"step": 0, "eval/pass@1": 0.25, "eval/pass@1_ci95": 0.02},
     {"step": 1, "train/kl_k3": 0.1, "time/rollout": 1.0, "time/update": 2.0},
-    {"step": 2, "train/kl_k3": 0.2, "eval/pass@1": 0.75, "eval/pass@1_ci95": 0.03,
-     "time/rollout": 1.0, "time/update": 3.0, "time/evaluate": 50.0},
+    {"step": 2, "train/kl_k3": 0.2, "time/rollout": 1.0, "time/update": 3.0},
+    {"step": 2, "eval/pass@1": 0.75, "eval/pass@1_ci95": 0.03, "time/evaluate": 50.0},
     {"step": 3, "train/kl_k3": 0.3, "time/rollout": 2.0, "time/update": 3.0},
-    {"step": 4, "train/kl_k3": 0.4, "eval/pass@1": 0.5, "eval/pass@1_ci95": 0.04,
-     "time/rollout": 1.0, "time/update": 1.0},
-]  # fmt: skip
+    {"step": 4, "train/kl_k3": 0.4, "time/rollout": 1.0, "time/update": 1.0},
+    {"step": 4, "eval/pass@1": 0.5, "eval/pass@1_ci95": 0.04},
+]
 
 
-def test_summary_by_hand(tmp_path):
+def test_summary_by_hand_with_only_the_options_that_a_method_reads(tmp_path):
     write_run(tmp_path / "a_countdown", EVALUATED, seed=7, loss_type="ot", beta=0.5, ot_window=8, max_steps=4)
-    [row] = summary(read_runs(tmp_path))
+    write_run(tmp_path / "b_countdown", loss_type="none", beta=0.04, ot_window=16)
+    write_run(tmp_path / "c_countdown", loss_type="maxent", beta=0.04, tau=0.1)
+    write_run(tmp_path / "d_countdown", loss_type={"maxent": 1.0, "js": 0.25}, beta=0.04, tau=0.1)
+    row, *others = summary(read_runs(tmp_path))
     assert row == {
         "method": "ot", "beta": 0.5, "window": 8, "tau": None, "model": "countdown-tiny", "seed": 7, "steps": 4,
         "initial": (0.25, 0.02), "best": (0.75, 0.03), "final": (0.5, 0.04), "seconds a step": 3.5, "complete": True,
     }  # fmt: skip
     line = "| ot | 0.5 | 8 |  | countdown-tiny | 7 | 4 | 25.0% ± 2.0% | 75.0% ± 3.0% | 50.0% ± 4.0% | 3.5 | yes |"
     assert markdown([row]).splitlines()[2] == line
-
-
-def test_summary_shows_only_options_that_the_method_reads(tmp_path):
-    write_run(tmp_path / "a_countdown", loss_type="none", beta=0.04, ot_window=16)
-    write_run(tmp_path / "b_countdown", loss_type="maxent", beta=0.04, tau=0.1)
-    rows = [(row["method"], row["beta"], row["window"], row["tau"]) for row in summary(read_runs(tmp_path))]
-    assert rows == [("none", None, None, None), ("maxent", 0.04, None, 0.1)]
+    assert [(row["method"], row["beta"], row["window"], row["tau"]) for row in others] == [
+        ("none", None, None, None), ("maxent", 0.04, None, 0.1), ("js 0.25 + maxent 1", None, None, None)]  # fmt: skip
+    assert method(read_runs(tmp_path / "d_countdown")[0]) == "js 0.25 + maxent 1"
 
 
 def test_frontier_by_hand(tmp_path):
     write_run(tmp_path / "0_countdown", EVALUATED, seed=0)
-    farther = [{**row, "train/kl_k3": 0.6} if row["step"] else row for row in EVALUATED]
+    farther = [{**row, "train/kl_k3": 0.6} if "train/kl_k3" in row else row for row in EVALUATED]
     write_run(tmp_path / "1_countdown", farther, seed=1)
     steps, distance, accuracy = frontier(read_runs(tmp_path))
     assert steps.tolist() == [0, 2, 4] and accuracy.tolist() == [0.25, 0.75, 0.5]
@@ -170,46 +171,74 @@ def test_frontier_by_hand(tmp_path):
     assert len(frontier(read_runs(tmp_path)[2:])[0]) == 0
 
 
-def test_the_notebook_reads_two_fresh_runs(tmp_path, monkeypatch):
+def run_here(code: list[str]) -> list[dict]:
+    """The cells one after the other in this process, which has imported torch already; outputs as of nbconvert."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    outputs: list[dict] = []
+    names = {"display": lambda shown: outputs.append({"text/markdown": shown.data})}
+
+    def show() -> None:
+        outputs.extend({"image/png": number} for number in pyplot.get_fignums())
+        pyplot.close("all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "show", show)
+        for source in code:
+            exec(source.replace("import Markdown, display", "import Markdown"), names)
+    return outputs
+
+
+def run_in_a_kernel(_) -> list[dict]:
+    """As a user does."""
     import nbformat
     from nbconvert.preprocessors import ExecutePreprocessor
 
-    from src.train_grpo import run_training
-
-    for name in ("config_kl_beta0.04_tiny", "config_ot_beta0.5_w8_tiny"):
-        run_training(load_config(PROJECT / "configs" / "configs_tiny" / f"{name}.yaml", [
-            "training.batch_size=24", "training.num_questions_per_batch=6", "data.train_size=20", "data.eval_size=8",
-            "data.eval_samples=2", "training.max_steps=2", "training.eval_interval=1", "training.minibatches=2",
-        ]), "countdown", tmp_path)  # fmt: skip
-    monkeypatch.setenv("GRPO_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         cell.outputs = []
-    ExecutePreprocessor(timeout=120, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(PROJECT)}})
+    ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(PROJECT)}})
     outputs = [output for cell in code for output in cell.outputs]
-    tables = [output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
-    assert tables[0] == markdown(summary(read_runs(tmp_path))) and "| ot | 0.5 | 8 |" in tables[0]
-    assert "kl beta 0.04" in tables[1] and "the same tokens, a trained policy" in tables[2]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 7  # what it learns, KL, penalty, time, frontier, and the plan of two answers
     assert not [output for output in outputs if output.get("name") == "stderr"]
+    return [output.data for output in outputs if "data" in output]
 
 
-def test_the_notebook_is_committed_executed_small_and_without_paths_of_a_machine():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and POT
+@pytest.mark.parametrize("execute", [run_here, pytest.param(run_in_a_kernel, marks=pytest.mark.slow)])
+def test_the_notebook_reads_a_fresh_run(tmp_path, monkeypatch, execute):
+    from src.train_grpo import run_training
+
+    run_training(load_config(PROJECT / "configs" / "configs_tiny" / "config_ot_beta0.5_w8_tiny.yaml", [
+        "training.batch_size=8", "training.num_questions_per_batch=2", "data.train_size=4", "data.eval_size=2",
+        "data.eval_samples=2", "training.max_steps=1", "training.eval_interval=1", "training.minibatches=1",
+    ]), "countdown", tmp_path)  # fmt: skip
+    other = write_run(tmp_path / "runs" / "kl_countdown", EVALUATED, max_steps=4)
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setenv("GRPO_RUNS", str(other.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    outputs = execute(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    tables = [data["text/markdown"] for data in outputs if "text/markdown" in data]
+    assert tables[0] == markdown(sorted(summary(read_runs(tmp_path)), key=lambda row: row["method"]))
+    assert "| ot | 0.5 | 8 |" in tables[0] and "kl beta 0.04" in tables[1]
+    assert "the same tokens, a trained policy" in tables[2]
+    # what it learns, KL, penalty, time, frontier, and the plan of two answers
+    assert sum("image/png" in data for data in outputs) == 7
+
+
+def test_the_committed_notebook_is_executed_small_without_paths_of_a_machine_and_says_what_its_text_says():
     text = NOTEBOOK.read_text(encoding="utf-8")
     code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert len(text) < 1_000_000
     for place in (*(f"/{name}/" for name in ("root", "home", "Users", "work", "tmp")), str(PROJECT), str(Path.home())):
         assert place not in text, place
-
-
-def test_the_figures_of_the_committed_notebook_say_what_its_text_says():
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    tables = ["".join(output["data"]["text/markdown"]) for cell in cells for output in cell.get("outputs", ())
-              if "text/markdown" in output.get("data", {})]  # fmt: skip
+    data = [output["data"] for cell in code for output in cell["outputs"] if "data" in output]
+    tables = ["".join(each["text/markdown"]) for each in data if "text/markdown" in each]
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in tables[2].splitlines()[2:]]
     values = {row[0]: np.array([float(part) for part in row[1:4]]) for row in rows}
     itself, reordered, alike = (values[name] for name in (

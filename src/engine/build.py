@@ -1,0 +1,87 @@
+"""From a config to what an engine is made of: policy, frozen anchor, optimizer; ConfigError for what cannot work."""
+
+import torch
+
+from src.config import Config, ConfigError, TrainingConfig
+from src.engine.attention import check_attention
+from src.engine.distributed import from_main, world
+from src.engine.models import check_compiler, compile_layers, load_model, resolve_device, resolve_model_path
+from src.engine.optim import build_optimizer
+from src.engine.reference import StreamedReference
+from src.engine.sharding import shard
+
+
+def is_lora(config: Config) -> bool:
+    """Whether adapters are trained and not the full weights."""
+    return bool(config.lora.r or config.lora.path)
+
+
+def check_reference_offload(config: Config) -> None:
+    """The reference can stay in host memory only where it is a whole model of its own."""
+    if not config.training.reference_offload:
+        return
+    if is_lora(config):
+        raise ConfigError(
+            f"{config.source}: training.reference_offload does nothing with lora, whose reference is the base under "
+            f"the adapter and takes no memory; remove the key"
+        )
+    if world() > 1 and config.training.parallel == "shard":
+        raise ConfigError(
+            f"{config.source}: training.reference_offload is not possible with several processes and "
+            f"training.parallel: shard, where each holds a slice of the reference; remove the key, or set "
+            f"training.parallel: replicate"
+        )
+
+
+def check_machine(config: Config, for_training: bool) -> torch.device:
+    """The device, when everything that the config asks of the machine is there."""
+    device = resolve_device(config.model.device)
+    if world() > 1 and device.index is not None:
+        raise ConfigError(
+            f"{config.source}: model.device: {device} would be that of every process; with several set it to cuda"
+        )
+    check_reference_offload(config)
+    if config.model.compile and for_training:
+        check_compiler(device)
+    from_main(resolve_model_path, config.model.pretrained_model_path)  # a download happens once
+    return device
+
+
+def load_policy(config: Config, device: torch.device, for_training: bool):
+    """The model that is trained: whole, sharded, or with an adapter."""
+    training = config.training
+    model = load_model(config, device)
+    if is_lora(config):
+        from src.engine.lora import add_adapter  # here, because only a LoRA run needs peft
+
+        model = add_adapter(model, config.lora, training.random_seed)
+    check_attention(model, training.max_prompt_len + training.max_gen_len)
+    if config.model.compile and for_training:
+        compile_layers(model)
+    if world() > 1 and training.parallel == "shard" and not is_lora(config):
+        model = shard(model, device)
+    return model
+
+
+def load_anchor(config: Config, model, device: torch.device):
+    """The initial policy once more, frozen: on the device, cut into slices like the policy, or in host memory."""
+    training = config.training
+    if is_lora(config):
+        from src.engine.lora import FrozenBase  # here, because only a LoRA run needs peft
+
+        return FrozenBase(model)
+    anchor = load_model(config, torch.device("cpu") if training.reference_offload else device).requires_grad_(False)
+    if config.model.compile:  # as the policy is, so that the same weights give the same log-probs
+        compile_layers(anchor)
+    if training.reference_offload:
+        return StreamedReference(anchor, device)
+    return shard(anchor, device) if world() > 1 and training.parallel == "shard" else anchor
+
+
+def optimizer_of(model, training: TrainingConfig) -> torch.optim.Optimizer:
+    """For what is trained of the model: everything, or the adapter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return build_optimizer(
+        trained, training.learning_rate, training.betas, training.weight_decay,
+        memory_efficient=training.memory_efficient_adamw, state_bits=training.state_bits, offload=training.offload,
+    )  # fmt: skip

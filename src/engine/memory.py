@@ -1,0 +1,57 @@
+"""How much memory a device has taken and how much it could still give."""
+
+import ctypes
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes in use so far: by torch on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def kept_by_malloc() -> int:
+    """Bytes that were freed and that malloc keeps (src/__init__.py): for the system they are in use."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None) if os.name == "posix" else None
+    if mallinfo2 is None:  # not glibc
+        return 0
+    mallinfo2.restype = MallocInfo
+    return mallinfo2().fordblks
+
+
+def free_in_group(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the control group still allows (a container, a job of a cluster); infinite where it sets no limit."""
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        pages = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = next(int(size) for name, size in pages if name == "inactive_file")  # given back when asked for
+        return math.inf if limit == "max" else int(limit) - int(used) + cached
+    except (OSError, ValueError, StopIteration):
+        return math.inf
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated, with those that were freed and are kept for the next time."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return min(free, free_in_group()) + kept_by_malloc()

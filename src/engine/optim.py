@@ -1,0 +1,339 @@
+"""AdamW whose master weights and moments fit in 3 bytes a parameter beside the bf16 weight and its gradient.
+
+A step walks over the parameters in flat chunks: decode the chunk to fp32 scratch, let torch's own fused
+AdamW kernel do the arithmetic there, encode it again. So the mathematics is `torch.optim.AdamW(fused=True)` by
+construction, and memory options change only how a number is stored between two steps:
+
+  master   fp32 bits = (bf16 parameter's bits << 16) + signed correction, int16 (exact) or int8 (24-bit master)
+  state 16 bf16 moments
+  state 8  blocks of 128: v as 8 bits of v^(1/4), m as 8 linear bits of m / sqrt(v), an fp32 scale a block each
+
+Whatever is not exact is rounded with dither, never to nearest: at beta2 = 0.999 a moment changes by 0.1% a step,
+and at lr 1e-6 a weight above 1/8 by less than half a 24-bit unit; rounding to nearest would discard both for ever.
+The dither is a Weyl sequence in time with a random phase for each element, so the errors of successive steps
+largely cancel, and there is no generator's state to save.
+
+m is stored as m / sqrt(v), unlike in 8-bit Adam (arXiv:2110.02861) and FlashOptim (arXiv:2602.23349, from which the
+24-bit split is taken): the ratio is bounded (Cauchy-Schwarz), so a loud neighbour in its block can not turn an
+element's small m over a smaller v into a huge step. The price of 8 bits is that sqrt(v) wanders around the exact one,
+by 2-7% at beta2 = 0.99 and 5-13% at 0.999 for elements within a tenth of their block's largest; m does not follow it.
+
+Left out: amsgrad, maximize, sparse gradients, fp16 parameters, capturing the step in a CUDA graph.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from src.engine.optim_chunks import CHUNK_ELEMENTS, Chunk, Shard, Workspace
+from src.engine.optim_codes import (
+    BLOCK,
+    decode_8bit,
+    decode_master,
+    decoded,
+    encode_8bit,
+    encode_bf16,
+    encode_master,
+    encoded,
+    ratio_limit,
+)
+from src.engine.sharding import like, local
+
+
+def placed_like(parameter: DTensor, state: Tensor) -> Tensor:
+    """A state of one entry an element as a tensor that is sharded like its parameter; a step count as it is."""
+    if state.dim() == 0:
+        return state
+    here = state.view(parameter.to_local().shape)
+    mesh, places = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(here, mesh, places, shape=parameter.shape, stride=parameter.stride())
+
+
+def fitted(saved: dict[str, Tensor], parameter: Tensor, betas: tuple[float, float]) -> dict[str, Tensor]:
+    """Saved states of a parameter, of any number of processes, as the flat states of what lies on this rank."""
+    sharded = isinstance(parameter, DTensor)
+    if not sharded and "decoded_momentum" not in saved and all(state.dim() < 2 for state in saved.values()):
+        return saved
+    cut = {}
+    for name, state in (decoded(saved) if sharded else saved).items():
+        if state.numel() not in (1, parameter.numel()):
+            return saved  # of another model, as the caller will say
+        cut[name] = state if state.dim() == 0 else local(like(state.reshape(parameter.shape), parameter)).reshape(-1)
+    return encoded(cut, betas)
+
+
+class MemoryEfficientAdamW(torch.optim.Optimizer):
+    """torch's fused AdamW on bf16 or fp32 parameters with small states; see the module's docstring for the formats.
+
+    `master_bits` 24 or 32 concerns bf16 parameters (an fp32 one is its own master); `state_bits` is 8, 16 or 32.
+    `offload` keeps the states in pinned host memory and streams them through the GPU; on a CPU it changes nothing.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        master_bits=24,
+        state_bits=8,
+        offload=False,
+    ):
+        if master_bits not in (24, 32) or state_bits not in (8, 16, 32):
+            raise ValueError(f"master_bits is 24 or 32 and state_bits 8, 16 or 32, not {master_bits} and {state_bits}")
+        self.master_bits, self.state_bits, self.offload = master_bits, state_bits, offload
+        self.shards: list[list[Shard]] = []  # one list a parameter group
+        self.workspaces: dict[torch.device, Workspace] = {}
+        self.chunk_elements: int | None = None  # None: CHUNK_ELEMENTS; results do not depend on it
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, updates=0))
+
+    def add_param_group(self, param_group) -> None:
+        """Also allocates the group's states: all zero, which says that the bf16 weights are the masters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        shards = [Shard(parameters, self._layout(dtype), self.offload) for (_, dtype), parameters in by_kind.items()]
+        self.shards.append(shards)
+        for shard in shards:
+            for index, parameter in enumerate(shard.owners):
+                self.state[parameter] = shard.state_of(index)
+
+    def _layout(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int]]:
+        """The states kept: their dtype and the number of parameters that share an entry."""
+        layout = {}
+        if dtype == torch.bfloat16:
+            layout["correction"] = (torch.int16 if self.master_bits == 32 else torch.int8, 1)
+        if self.state_bits == 8:
+            layout |= {
+                "momentum": (torch.int8, 1),
+                "momentum_scale": (torch.float32, BLOCK),
+                "variance": (torch.uint8, 1),
+                "variance_scale": (torch.float32, BLOCK),
+            }
+        else:
+            moment = torch.bfloat16 if self.state_bits == 16 else torch.float32
+            layout |= {"momentum": (moment, 1), "variance": (moment, 1)}
+        return layout
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One AdamW step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, shards in zip(self.param_groups, self.shards, strict=True):
+            group["updates"] += 1
+            for shard in shards:
+                self._step_shard(group, shard)
+        return loss
+
+    def _step_shard(self, group: dict, shard: Shard) -> None:
+        work = self.workspaces.get(shard.device)
+        size = min(self.chunk_elements or CHUNK_ELEMENTS[shard.device.type], shard.total)
+        if work is None or work.size < size:
+            work = self.workspaces[shard.device] = Workspace(shard.device, size)
+        # An address is 0 without a gradient; it changes when someone assigns `parameter.data`.
+        gradients = {i: local(one.grad).reshape(-1) for i, one in enumerate(shard.owners) if one.grad is not None}
+        shard.parameters = [local(owner) for owner in shard.owners]
+        addresses = tuple([one.data_ptr() if i in gradients else 0 for i, one in enumerate(shard.parameters)])
+        if addresses != shard.addresses or work is not shard.work:
+            shard.plan(addresses, work)
+        if not shard.chunks:
+            return
+        shard.steps.add_(shard.active)
+        work.advance(group["updates"])
+        for chunk in streamed(shard.chunks, work.copier) if shard.staged else shard.chunks:
+            step_chunk(group, chunk, [gradients[index][first:last] for index, first, last in chunk.pieces])
+
+    def state_dict(self):
+        """torch's form: tensors and plain numbers. The tensors are views of the states, not copies.
+
+        Those of a sharded parameter are sharded like it; as no block of 8-bit moments may be cut, they are fp32 then.
+        """
+        self._wait()
+        saved = super().state_dict()
+        for key, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
+            if isinstance(parameter, DTensor):
+                states = decoded(saved["state"][key])
+                saved["state"][key] = {name: placed_like(parameter, state) for name, state in states.items()}
+        return saved
+
+    def load_state_dict(self, state_dict) -> None:
+        """Copy the saved states into place, bit for bit; torch's own would cast them to the parameters' dtype.
+
+        From one number of processes to another elements are the same, 8-bit moments within their precision.
+        """
+        saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("the saved optimizer has other parameter groups than this one")
+        self._wait()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        pairs = []
+        betas = [group["betas"] for group in saved_groups for _ in group["params"]]
+        keys = [key for group in saved_groups for key in group["params"]]
+        for key, parameter, decay in zip(keys, parameters, betas, strict=True):
+            fitting = fitted(saved_states.get(key, {}), parameter, decay)
+            for name, state in self.state[parameter].items():
+                saved = fitting.get(name)
+                if saved is None or saved.shape != state.shape or saved.dtype != state.dtype:
+                    raise ValueError(
+                        f"saved state {key}.{name} does not fit: were master_bits, state_bits and the "
+                        "parameters' dtypes the same when it was saved?"
+                    )
+                pairs.append((state, saved))
+        for state, saved in pairs:
+            state.copy_(saved)
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+    @torch.no_grad()
+    def master_weights(self) -> list[Tensor]:
+        """The master weights as new fp32 tensors, in the order of the parameters."""
+        self._wait()
+        masters = []
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            master = parameter.detach().to(torch.float32, copy=True)  # [*parameter.shape]
+            if parameter.dtype == torch.bfloat16:
+                bits = master.view(torch.int32).bitwise_right_shift_(16).view(-1)  # bf16 -> fp32 appended 16 zeros
+                decode_master(self.state[parameter]["correction"].to(parameter.device), bits)
+            masters.append(master)
+        return masters
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the states by the place they are in: {"device": ..., "host": ...}; host means offloaded."""
+        size = {"device": 0, "host": 0}
+        for shard in (shard for shards in self.shards for shard in shards):
+            size["host" if shard.staged else "device"] += sum(state.nbytes for state in shard.states.values())
+        return size
+
+    def _wait(self) -> None:
+        """States in host memory may still be on their way there."""
+        for work in self.workspaces.values():
+            if work.copier is not None:
+                work.copier.synchronize()
+
+
+def streamed(chunks: list[Chunk], copier: "torch.cuda.Stream | None"):
+    """Yield chunks whose states live in host memory, fetching the next one's while one is being stepped.
+
+    All copies run in order on one side stream, so a staging buffer is refilled only after its store has left it.
+    (Without a stream, as on the CPU of the tests, the same copies run in the same order.)
+    """
+    compute: Any = torch.cuda.current_stream(copier.device) if copier else None
+
+    def copy(pairs) -> "torch.cuda.Event | None":
+        with torch.cuda.stream(copier) if copier else nullcontext():
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return copier.record_event() if copier else None
+
+    def fetch(chunk: Chunk) -> "torch.cuda.Event | None":
+        return copy((chunk.states[name], home) for name, home in chunk.home.items())
+
+    if copier:
+        copier.wait_stream(compute)
+    arrived = fetch(chunks[0])
+    for index, chunk in enumerate(chunks):
+        if copier:
+            compute.wait_event(arrived)
+        if index + 1 < len(chunks):
+            arrived = fetch(chunks[index + 1])
+        yield chunk
+        if copier:
+            copier.wait_stream(compute)
+        copy((home, chunk.states[name]) for name, home in chunk.home.items())
+    if copier:
+        compute.wait_stream(copier)  # so that whatever follows on the main stream may free or reuse the buffers
+
+
+def step_chunk(group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
+    """Decode, step, encode. gradients: one flat [k] for each piece of a parameter."""
+    states, weights, (beta1, beta2) = chunk.states, chunk.weights, group["betas"]
+    if "correction" in states:
+        torch._foreach_copy_(chunk.bits_pieces, chunk.weights)
+        decode_master(states["correction"], chunk.bits)
+        torch._foreach_copy_(chunk.gradient_pieces, gradients)
+        weights, gradients = chunk.master_pieces, chunk.gradient_pieces
+    if "momentum_scale" in states:
+        decode_8bit(states, chunk.momentum, chunk.variance)
+    elif chunk.momentum is not states["momentum"]:
+        chunk.momentum.copy_(states["momentum"])
+        chunk.variance.copy_(states["variance"])
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        chunk.momentum_pieces,
+        chunk.variance_pieces,
+        [],
+        chunk.steps,
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    if "correction" in states:
+        encode_master(states["correction"], chunk.bits, chunk.dither_master)
+        torch._foreach_copy_(chunk.weights, chunk.bits_pieces)
+    if "momentum_scale" in states:
+        if chunk.tails:
+            torch._foreach_zero_(chunk.tails)  # a block's unused end must not hold up its scale
+        encode_8bit(
+            states,
+            chunk.momentum,
+            chunk.variance,
+            (chunk.master, chunk.gradient),
+            (chunk.dither_variance, chunk.dither_momentum),
+            ratio_limit(beta1, beta2),
+        )
+    elif chunk.momentum is not states["momentum"]:
+        encode_bf16(states["momentum"], chunk.momentum, chunk.dither_momentum)
+        encode_bf16(states["variance"], chunk.variance, chunk.dither_variance)
+
+
+def check_group(group: dict) -> None:
+    """Refuse what the flat layout or AdamW can not step, by name."""
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 < beta2 < 1 and group["eps"] > 0 and group["lr"] >= 0 and group["weight_decay"] >= 0):
+        raise ValueError(
+            f"AdamW needs 0 <= beta1 < 1, 0 < beta2 < 1, eps > 0, lr >= 0 and weight_decay >= 0, not "
+            f"{ {name: value for name, value in group.items() if name != 'params'} }"
+        )
+    for parameter in group["params"]:
+        if parameter.dtype not in (torch.bfloat16, torch.float32) or not parameter.is_contiguous():
+            raise ValueError(
+                f"MemoryEfficientAdamW needs contiguous bfloat16 or float32 parameters, not a "
+                f"{parameter.dtype} of shape {tuple(parameter.shape)} and stride {parameter.stride()}"
+            )
+
+
+def build_optimizer(
+    params, learning_rate, betas, weight_decay, *, eps=1e-8, memory_efficient, master_bits=24, state_bits, offload
+) -> torch.optim.Optimizer:
+    """MemoryEfficientAdamW as configured, or else exact AdamW: torch's fused one on fp32 master weights.
+
+    With a bf16 parameter the exact one is MemoryEfficientAdamW with 32/32 bits: torch's fused kernel on exact fp32
+    masters, bit for bit what separate master copies would give, in 2 bytes a parameter less.
+    """
+    params = list(params)  # parameters, or groups whose "params" is a list
+    flat = [one for entry in params for one in (entry["params"] if isinstance(entry, dict) else [entry])]
+    options = dict(lr=learning_rate, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+    if memory_efficient:
+        return MemoryEfficientAdamW(params, **options, master_bits=master_bits, state_bits=state_bits, offload=offload)
+    if all(parameter.dtype == torch.float32 for parameter in flat):
+        return torch.optim.AdamW(params, **options, fused=True)
+    return MemoryEfficientAdamW(params, **options, master_bits=32, state_bits=32)

@@ -1,0 +1,148 @@
+"""Groups of completions -> one row of tokens without padding, and the cutting of an update into such rows.
+
+A group lies in the row as [prompt | completion 1 | completion 2 | ...]; positions of each completion start again at
+len(prompt). A completion attends to its prompt and to itself, never to its siblings, so a prompt is computed once.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.engine.attention import PackedAttention
+from src.engine.profiling import phase
+from src.records import Batch, Episode, Group
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: T tokens in a row, and the batch of those N among them that the policy wrote."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T]
+    attention_plan: PackedAttention
+    predictor_index: Tensor  # [N] place in the row of the token whose output predicts this written token
+    batch: Batch
+    counts: bool = True  # False: without any weight, only to keep step with other processes (sharding.py)
+
+
+@phase("packing")
+def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) -> Pass:
+    """Lay groups (or parts of groups) end to end in one row."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    segments: list[tuple[int, int, int, int]] = []  # start, length, prefix start, prefix length
+    for piece in pieces:
+        prompt = piece.problem.prompt_ids
+        prompt_start = len(ids)
+        segments.append((prompt_start, len(prompt), prompt_start, 0))
+        ids.extend(prompt)
+        positions.extend(range(len(prompt)))
+        for episode in piece.episodes:
+            start, length = len(ids), len(episode.token_ids)
+            segments.append((start, length, prompt_start, len(prompt)))
+            ids.extend(episode.token_ids)
+            positions.extend(range(len(prompt), len(prompt) + length))
+            # the first token is predicted by the prompt's last, every other by the one before it
+            before = [prompt_start + len(prompt) - 1, *range(start, start + length - 1)]
+            predictors.extend(of_written(episode, before))
+            targets.extend(of_written(episode, episode.token_ids))
+    episodes = [episode for piece in pieces for episode in piece.episodes]
+    lengths = torch.tensor([episode.length for episode in episodes])
+    episode_index = torch.arange(len(episodes)).repeat_interleave(lengths)  # [N]
+
+    def each(values: Iterable, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(list(values), dtype=kind).to(device)
+
+    def flat(rows: Iterable[tuple[float, ...] | None]) -> Tensor | None:
+        """[N], or None where an episode has none."""
+        filled = [row for row in rows if row]
+        if 0 < len(filled) < len(episodes):
+            raise ValueError("either each episode of a pass has log-probs and advantages, or none has")
+        return each(value for row in filled for value in row) if filled else None
+
+    advantages = flat(episode.advantages for episode in episodes)
+    batch = Batch(
+        token_ids=each(targets, torch.long),
+        episode_index=episode_index.to(device),
+        group_index=each((index for index, piece in enumerate(pieces) for _ in piece.episodes), torch.long),
+        lengths=lengths.to(device),
+        weights=each(episode.token_weight for episode in episodes)[episode_index.to(device)],
+        episode_weights=each(episode.episode_weight for episode in episodes),
+        advantages=torch.zeros(len(targets), device=device) if advantages is None else advantages,
+        rewards=each(episode.reward for episode in episodes),
+        sampled_logprobs=flat(episode.logprobs for episode in episodes),
+        old_logprobs=flat(episode.old_logprobs for episode in episodes),
+        groups=len(pieces),
+    )
+    starts, sizes, prefix_starts, prefix_sizes = np.array(segments).T
+    return Pass(
+        input_ids=each(ids, torch.long)[None],
+        position_ids=each(positions, torch.long)[None],
+        attention_plan=PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype),
+        predictor_index=each(predictors, torch.long),
+        batch=batch,
+    )
+
+
+def of_written(episode: Episode, values: Sequence[int]) -> Sequence[int]:
+    """Those of one value a token that belong to written tokens."""
+    return values if episode.written is None else list(compress(values, episode.written))
+
+
+def split_into_microbatches(
+    groups: list[Group], micro_batch_size: int, max_tokens: int | None = None, whole_groups: bool = False
+) -> list[list[Group]]:
+    """Cut groups into passes of at most micro_batch_size completions, or max_tokens tokens when that is given.
+
+    Of the cuts into so few passes it is the one with the smallest passes: two that are half full take as long as a full
+    one and an empty one, and less memory.
+    """
+    low, high = 0, max_tokens or micro_batch_size  # rooms that are too small, and large enough
+
+    def passes(room: int) -> list[list[Group]]:
+        return list(fill_microbatches(groups, room, max_tokens is not None, whole_groups))
+
+    best = passes(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = passes(middle)
+        if len(smaller) <= len(best):
+            best, high = smaller, middle
+        else:
+            low = middle
+    return best
+
+
+def fill_microbatches(groups: list[Group], room: int, count_tokens: bool, whole_groups: bool) -> Iterator[list[Group]]:
+    """Fill one pass after the other with `room` completions or tokens, in order; more only where one does not fit.
+
+    A group that is cut repeats its prompt; `whole_groups` forbids the cut (losses over a group need all of it).
+    """
+    batch: list[Group] = []
+    used = 0
+    for group in groups:
+        prompt_cost = len(group.problem.prompt_ids) if count_tokens else 0
+        costs = [len(episode.token_ids) if count_tokens else 1 for episode in group.episodes]
+        if batch and whole_groups and used + prompt_cost + sum(costs) > room:
+            yield batch
+            batch, used = [], 0
+        chosen: list[Episode] = []
+        used += prompt_cost
+        for episode, cost in zip(group.episodes, costs, strict=True):
+            if (batch or chosen) and used + cost > room and not whole_groups:
+                if chosen:
+                    batch.append(replace(group, episodes=tuple(chosen)))
+                yield batch
+                batch, chosen, used = [], [], prompt_cost
+            chosen.append(episode)
+            used += cost
+        if chosen:
+            batch.append(replace(group, episodes=tuple(chosen)))
+    if batch:
+        yield batch

@@ -1,0 +1,168 @@
+"""What will fit: an estimate of what a step needs, and smaller passes when memory runs out."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from src.config import Config, ConfigError
+from src.engine.distributed import AloneError, world
+from src.engine.memory import free_memory, peak_memory
+from src.engine.models import decoder_layers
+from src.engine.packing import split_into_microbatches
+from src.engine.sampler import cache_bytes
+from src.engine.scoring import CHUNK_ELEMENTS
+from src.engine.sharding import is_sharded
+from src.records import Group
+
+logger = logging.getLogger("grpo")
+
+
+@dataclass
+class Limit:
+    """How much a forward and backward pass may hold: as the config says, and less once memory has run out."""
+
+    completions: int
+    tokens: int | None  # in place of completions
+
+    def cut(self, groups: list[Group], whole_groups: bool) -> list[list[Group]]:
+        """Passes of this size."""
+        return split_into_microbatches(groups, self.completions, self.tokens, whole_groups)
+
+    def halve(self, groups: list[Group], whole_groups: bool, reason: str) -> None:
+        """Half of the largest pass of these groups from now on; the gradient does not depend on it."""
+        batches = self.cut(groups, whole_groups)
+        if all(len(batch) == 1 and (whole_groups or len(batch[0].episodes) == 1) for batch in batches):
+            raise ConfigError(
+                f"memory does not suffice for the update of a single {'group' if whole_groups else 'completion'} "
+                f"({reason}); lower training.max_gen_len, or set model.gradient_checkpointing: true"
+            )
+        if self.tokens:
+            self.tokens = max(1, max(sum(group.tokens() for group in batch) for batch in batches) // 2)
+            smaller = f"{self.tokens:,} tokens a pass"
+        else:
+            self.completions = max(1, max(sum(len(g.episodes) for g in batch) for batch in batches) // 2)
+            smaller = f"{self.completions} completions a pass"
+        logger.warning(f"out of memory in the update ({reason}); it is done again with {smaller}")
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """The first line of an error that says so; on a CPU torch raises a plain RuntimeError."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    words = ("out of memory", "allocate memory", "enough memory")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in reason for word in words)
+    return reason if known else None
+
+
+def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bool, compute: Callable[[], Any]) -> Any:
+    """compute() over passes of the limit; again in smaller ones when memory runs out."""
+    while True:
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+        # outside of the handler, whose traceback would keep the activations alive
+        model.zero_grad(set_to_none=True)
+        if is_sharded(model):
+            raise AloneError(
+                f"out of memory in the update ({reason}), where the other processes wait for this one; the last "
+                f"checkpoint is safe: go on from it with half the training.micro_batch_size or "
+                f"max_tokens_per_microbatch"
+            )
+        try:
+            limit.halve(groups, whole_groups, reason)
+        except ConfigError as error:
+            raise AloneError(str(error)) if world() > 1 else error from None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def memory_plan(config: Config, model, anchor) -> dict[str, int]:
+    """Bytes by purpose, an estimate from shapes: what a step holds, and what rollout and update need beside it."""
+    training, shape = config.training, model.config.get_text_config()
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in parameters)
+    ranks = world() if is_sharded(model) else 1  # each holds a slice; in a rollout all of the weights
+    state_bytes: float = 8 + 4 * any(
+        parameter.dtype != torch.float32 for parameter in trained
+    )  # moments and fp32 masters
+    if training.memory_efficient_adamw:
+        state_bytes = 2 * training.state_bits / 8 + 1  # 24-bit masters beside bf16
+        if training.offload and model.device.type == "cuda":
+            state_bytes = 0  # in host memory
+    prompt, completion = training.max_prompt_len, training.max_gen_len
+    group = training.batch_size // training.num_questions_per_batch
+    tokens = (
+        training.max_tokens_per_microbatch
+        or training.micro_batch_size * completion + math.ceil(training.micro_batch_size / group) * prompt
+    )
+    vocabulary = shape.vocab_size
+    wide = max(getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size, shape.hidden_size)
+    # what autograd keeps of a layer: its input, norms, projections and their products
+    kept = (12 * shape.hidden_size + 4 * wide) * model.dtype.itemsize
+    layers, again = shape.num_hidden_layers, 0
+    if config.model.gradient_checkpointing:  # of these only the input is kept, and all of the one at work
+        again = layers
+    inputs = again * shape.hidden_size * model.dtype.itemsize
+    activations = tokens * (inputs + (layers - again + bool(again)) * kept)
+    logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
+    slots = min(training.inference_batch_size, training.batch_size)
+    of_slot, of_prompt = cache_bytes(model, prompt, completion)
+    cache = slots * of_slot + math.ceil(slots / group) * of_prompt
+    return {
+        "weights": weights // ranks,
+        "reference": reference_bytes(config, model, anchor, weights) // ranks,
+        "gradients": sum(parameter.nbytes for parameter in trained) // ranks,
+        "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes / ranks),
+        "rollout": cache + (weights if ranks > 1 else 0),
+        "update": int(activations + logits),
+    }
+
+
+def reference_bytes(config: Config, model, anchor, weights: int) -> int:
+    """Of the reference on the device: nothing with LoRA; in host memory, two layers and what is not a layer."""
+    if config.lora.r or config.lora.path or anchor is None:
+        return 0
+    if not config.training.reference_offload:
+        return weights
+    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in decoder_layers(model)]
+    return weights - sum(layers) + 2 * max(layers)
+
+
+def peak_of(plan: dict[str, int]) -> int:
+    """The largest sum that is alive at once: the rollout has no gradients, the update no key-value cache."""
+    held = plan["weights"] + plan["reference"] + plan["optimizer"]
+    return held + max(plan["rollout"], plan["gradients"] + plan["update"])
+
+
+def memory_line(config: Config, model, anchor) -> str:
+    """The plan beside what is free."""
+    plan = memory_plan(config, model, anchor)
+    unit, name = (2**30, "GiB") if peak_of(plan) > 2**30 else (2**20, "MiB")
+    parts = ", ".join(f"{purpose} {size / unit:.1f}" for purpose, size in plan.items())
+    return (
+        f"estimated {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once; "
+        f"{free_memory(model.device) / 2**30:.1f} GiB are free with the model loaded"
+    )
+
+
+def tell_of_rehearsal(config: Config, model, anchor, seconds: float, begun: bool) -> None:
+    """What the longest pass has taken. `begun`: the optimizer's states are there, which come with the first step."""
+    plan, device = memory_plan(config, model, anchor), model.device
+    update = peak_memory(device) + (0 if begun else plan["optimizer"])
+    rollout = plan["weights"] + plan["reference"] + plan["optimizer"] + plan["rollout"]
+    logger.info(
+        f"it took {seconds:.1f} s; at its peak the update needs about {update / 2**30:.1f} GiB, "
+        f"the rollout by estimate {rollout / 2**30:.1f} GiB"
+    )
+    if device.type == "cuda" and update > torch.cuda.get_device_properties(device).total_memory:
+        logger.warning(
+            "that is more than the device has; set training.memory_efficient_adamw: true with training.offload: true, "
+            "or lower training.max_tokens_per_microbatch"
+        )

@@ -1,0 +1,140 @@
+"""The engine by its verbs: what only the whole of it can show. What each part does is proven beside the part."""
+
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.config import ConfigError, load_config
+from src.engine import Engine
+from src.engine import engine as engine_module
+from src.engine.optim import build_optimizer
+from src.engine.sampler import SlotDecoder
+from src.records import Episode, Group, Problem
+
+TINY = Path(__file__).parent.parent / "configs" / "configs_tiny"
+SMALL = ["model.dtype=float32", "data.train_size=20", "data.eval_size=4", "data.eval_samples=1", "training.max_steps=2",
+         "training.batch_size=16", "training.num_questions_per_batch=4", "training.minibatches=2",
+         "training.max_gen_len=24", "training.inference_batch_size=16"]  # fmt: skip
+
+
+def tiny_config(*overrides: str):
+    return load_config(TINY / "config_kl_beta0.04_tiny.yaml", [*SMALL, *overrides])
+
+
+def make_engine(*overrides: str) -> Engine:
+    engine = Engine(tiny_config(*overrides))
+    engine.load_model()
+    return engine
+
+
+@cache
+def make_problems() -> tuple[Problem, ...]:
+    return tuple(Problem(index, tuple(range(5, 9 + 3 * index)), "", {}) for index in range(3))
+
+
+def texts(group: Group) -> list[tuple[int, ...]]:
+    return [episode.token_ids for episode in group.episodes]
+
+
+def test_the_same_prompt_twice_draws_others_and_the_first_of_them_is_as_if_it_were_alone():
+    engine, (first, second, _) = make_engine(), make_problems()
+    twice = engine.sample([first, second, first], 3, stream=5)
+    assert [group.problem.index for group in twice] == [0, 1, 0]
+    assert not set(texts(twice[0])) & set(texts(twice[2]))
+    (again,) = engine.sample([first], 3, stream=5)  # in the same step: a third draw
+    assert not set(texts(again)) & {*texts(twice[0]), *texts(twice[2])}
+    for problems, expected in (([first], [twice[0]]), ([first, first], [twice[0], twice[2]])):
+        engine.begin(5)
+        assert list(map(texts, engine.sample(problems, 3, stream=5))) == list(map(texts, expected))
+    evaluations = [texts(engine.sample([first], 3, stream=-1)[0]) for _ in range(2)]
+    assert evaluations[0] == evaluations[1], "an evaluation always draws the same"
+
+
+def weighed(groups: list[Group]) -> list[Group]:
+    """Some weight for each token."""
+    return [
+        replace(g, episodes=tuple(replace(e, token_weight=0.1 + len(e.token_ids)) for e in g.episodes)) for g in groups
+    ]
+
+
+@pytest.mark.parametrize("tokens", ["null", "1000"])
+def test_passes_shrink_when_memory_runs_out_and_the_config_stays_what_it_was(tokens, caplog):
+    engine = make_engine(f"training.max_tokens_per_microbatch={tokens}", "training.micro_batch_size=12")
+    config, groups = asdict(engine.config), weighed(engine.sample(make_problems(), 4, stream=1))
+    room, sizes = [12], []
+
+    def objective(scores, batch):
+        sizes.append(len(batch.lengths))
+        if sizes[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nand a long list")
+        return batch.mean(scores.logprobs), {"mean": scores.logprobs}
+
+    results = []
+    for room[0] in (12, 3):
+        measured = engine.forward_backward(groups, objective).means()["mean"]
+        gradient = torch.cat([parameter.grad.flatten() for parameter in engine.model.parameters()])
+        results.append((measured, gradient))
+    assert sizes[:2] == [12, 12] and max(sizes[-4:]) <= 3
+    assert results[1][0] == pytest.approx(results[0][0])
+    assert (results[1][1] - results[0][1]).norm() < 1e-4 * results[0][1].norm()
+    assert asdict(engine.config) == config
+    assert ("tokens a pass" if tokens == "1000" else "completions a pass") in caplog.text
+    sizes.clear()
+    engine.forward_backward(groups, objective)
+    assert max(sizes) <= 3, "the next update begins with what has fitted"
+    room[0] = 0
+    with pytest.raises(ConfigError, match=r"memory does not suffice for the update of a single completion \(CUDA out"):
+        engine.forward_backward(groups, objective)
+
+
+def test_the_learning_rates_of_parameter_groups_keep_their_ratio(monkeypatch, tmp_path):
+    def optimizer_of(model, training):
+        first, *rest = model.parameters()
+        base = training.learning_rate
+        return build_optimizer([{"params": [first]}, {"params": rest, "lr": 10 * base}], learning_rate=base,
+                               betas=(0.9, 0.99), weight_decay=0.0, memory_efficient=False, state_bits=8,
+                               offload=False)  # fmt: skip
+
+    monkeypatch.setattr(engine_module, "optimizer_of", optimizer_of)
+    engine = make_engine("training.learning_rate=1e-3")
+    for rate in (1e-3, 4e-4, 0.0):
+        engine.optim_step(rate)
+        assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([rate, 10 * rate])
+    engine.state().write(tmp_path)
+    again = make_engine("training.learning_rate=1e-3")
+    again.load(tmp_path)
+    again.optim_step(2e-4)
+    assert [group["lr"] for group in again.optimizer.param_groups] == pytest.approx([2e-4, 2e-3])
+
+
+def test_a_second_turn_is_joined_to_the_first_and_what_was_told_is_not_trained():
+    first = Episode((5, 6), (-0.1, -0.2), True, "first")
+    second = Episode((9,), (-0.3,), False, "second", reward=1.0)
+    joined = first.then((7, 8), second)
+    assert joined.token_ids == (5, 6, 7, 8, 9) and joined.written == (True, True, False, False, True)
+    assert joined.logprobs == (-0.1, -0.2, -0.3) and joined.length == 3
+    assert (joined.text, joined.reward, joined.finished) == ("second", 1.0, False)
+    assert joined.then((7,), second).written == (*joined.written, False, True)
+
+
+def test_a_resumed_run_decodes_in_as_many_slots_whatever_is_free(tmp_path, monkeypatch):
+    """Rounding depends on the slots (in bf16 tokens do): memory that has become free must not change a run."""
+    engine = make_engine()
+    problems = [Problem(index, (5, 6, 7), "", {}) for index in range(4)]
+    monkeypatch.setattr("src.engine.engine.fit_to_memory", lambda *arguments: (3, 2))
+    engine.sample(problems, 2, stream=1)
+    engine.state().write(tmp_path)
+    monkeypatch.setattr("src.engine.engine.fit_to_memory", lambda *arguments: (8, 4))
+    again, decoded = make_engine(), []
+    again.load(tmp_path)
+    decoder = SlotDecoder.__init__
+    monkeypatch.setattr(
+        SlotDecoder, "__init__", lambda self, *given: decoded.append((given[4], len(given[2]))) or decoder(self, *given)
+    )
+    again.sample(problems, 2, stream=2)
+    assert decoded == [(3, 2), (3, 2)]
+    again.sample(problems, 1, stream=2)
+    assert decoded[2:] == [(8, 4)], "another size has room of its own"
