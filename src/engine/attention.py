@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+import src.engine.cpu_attention as cpu_attention
 from src.config import ConfigError
-from src.engine import cpu_attention
 
 varlen_attn: Any  # None where torch has none
 try:  # torch >= 2.10; CUDA only

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import src.run.checkpoint as checkpoint
+import src.run.report as report
 from src.config import Config, ConfigError, RunError, Stopped, dump_config
 from src.engine import AloneError, Engine, from_main, on_main, together
 from src.records import Group, Problem
-from src.run import checkpoint, report
 from src.run.console import RESULT, fact, first_completions, log_block, progress, quoted, shortened, tokens_line
 from src.run.hub import push_final
 from src.run.metrics import step_metrics
