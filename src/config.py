@@ -187,7 +187,9 @@ class TrainingConfig:
         below=1,
         policy=True,
     )
-    epsilon_high: float | None = key(None, "Clip range upwards; empty: epsilon.", minimum=0, policy=True)
+    epsilon_high: float | None = key(
+        0.28, "Clip range upwards (DAPO, 2503.14476, section 3.1); empty: epsilon.", minimum=0, policy=True
+    )
     delta: float | None = key(
         None,
         "Upper bound of the ratio also where the advantage is negative (two-sided clip, INTELLECT-2); empty: none.",
@@ -213,16 +215,63 @@ class TrainingConfig:
         above=0,
         advantages=True,
     )
+    mismatch_mask: float | None = key(
+        None,
+        "A completion does not count where the geometric mean of trainer / sampler probability leaves "
+        "[1 / this, this]; empty: off. (IcePop masks tokens so, TRL a product above 3.)",
+        above=1,
+        advantages=True,
+    )
+    top_entropy_quantile: float = key(
+        1.0,
+        "Only this share of a rollout's tokens, those of highest entropy, has an advantage (2506.01939: 0.2). One "
+        "forward pass more a step.",
+        above=0,
+        maximum=1,
+        advantages=True,
+    )
     loss_agg: str = key(
         "token",
-        "Mean over all tokens of the update (DAPO), over sequences of their token means (GRPO), "
-        "or divided by the constant max_gen_len (Dr. GRPO).",
-        choices=("token", "sequence", "constant"),
+        "Mean over all tokens of the update (DAPO), over sequences of their token means (GRPO), over prompts of the "
+        "token means of their groups (ScaleRL), or divided by the constant max_gen_len (Dr. GRPO).",
+        choices=("token", "sequence", "prompt", "constant"),
+    )
+    baseline: str = key(
+        "mean",
+        "What is taken from a reward: the mean of its group, that of the others of its group (RLOO, 2402.14740), or "
+        "the mean of the batch (REINFORCE).",
+        choices=("mean", "leave_one_out", "batch"),
+        advantages=True,
     )
     scale_rewards: str = key(
         "group",
-        "Advantages are divided by the standard deviation of the group or of the batch, or not at all.",
-        choices=("group", "batch", "none"),
+        "Advantages are divided by the standard deviation of the group or of the batch, or not at all (Dr. GRPO), or "
+        "by the mean of the group (MaxRL, 2602.02710). `parts`: the task's reward and each reward function are "
+        "normalised one by one in the group, then their weighted sum over the batch (GDPO, 2601.05242).",
+        choices=("group", "batch", "none", "mean", "parts"),
+    )
+    overlong_buffer: int = key(
+        0,
+        "Over the last so many tokens before max_gen_len the reward falls by up to 1, and by 1 for a completion that "
+        "was cut off (DAPO, 2503.14476, equation 13: a fifth of max_gen_len); 0: off.",
+        minimum=0,
+    )
+    dynamic_sampling: int = key(
+        0,
+        "Groups without variance make room for those of further prompts, in up to so many helpings a step (DAPO); "
+        "what still lacks is filled with them.",
+        minimum=0,
+    )
+    retire_solved: float | None = key(
+        None,
+        "Prompts whose running accuracy is at least this are not drawn again (ScaleRL, 2510.13786: 0.9); empty: all.",
+        above=0,
+        maximum=1,
+    )
+    curriculum: bool = key(
+        False,
+        "Prompts come the more often the nearer their running accuracy a is to one half: of their turns they take the "
+        "share 4 a (1 - a), but at least a tenth; one not seen before always.",
     )
     zero_truncated_rewards: bool = key(False, "A completion that hit max_gen_len gets reward 0.")
     seed_grpo_alpha: float = key(
@@ -232,6 +281,12 @@ class TrainingConfig:
         advantages=True,
     )
     entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
+    entropy_target: float | None = key(
+        None,
+        "Entropy in nats a token below which the bonus acts, and its weight grows by 0.005 a step from entropy_coef; "
+        "above it shrinks (Skywork-OR1, 2505.22312); empty: off.",
+        minimum=0,
+    )
     old_logprobs: str = key(
         "trainer",
         "With several updates a rollout: ratios against log-probs of an extra pass before the "
@@ -240,9 +295,9 @@ class TrainingConfig:
     )
     # the penalty
     loss_type: str | dict[str, float] = key(
-        "kl",
+        "none",
         "The penalty, weighed by beta; or several, as a mapping of their names to weights. maxent and listwise_kl take "
-        "the place of the policy term.",
+        "the place of the policy term. Verifiable tasks need none (DAPO 2503.14476, Dr. GRPO 2503.20783).",
     )
     beta: float = key(
         0.04,
@@ -288,7 +343,12 @@ class TrainingConfig:
         "Sequence log-probs over a group are means a token (of the reference for maxent, "
         "of the policy for listwise_kl), not sums.",
     )
-    tau: float = key(0.1, "Weight of the entropy of the group weights; `.inf`: uniform weights.", minimum=0)
+    tau: float = key(
+        0.05,
+        "Weight of the entropy of the group weights; `.inf`: uniform weights. (MaxEnt-GRPO: at 0.05 pass@8 rose by "
+        "0.079 on Qwen2.5-0.5B, at 0.1 not significantly.)",
+        minimum=0,
+    )
     maxent_baseline: bool = key(True, "Weights minus 1 / G: worse than average completions are pushed down.")
     maxent_clipped: bool = key(False, "The weights take the place of advantages in the clipped policy loss.")
     # controllers
@@ -299,7 +359,8 @@ class TrainingConfig:
     tau_warmup_steps: int = key(0, "Steps before tau moves.", minimum=0)
     meta_lr: float = key(
         0.0,
-        "Above 0: tau and beta follow the analytic gradient of (weight entropy - tau_target_entropy)^2 instead.",
+        "Above 0: tau and beta go this times the analytic gradient of (weight entropy - tau_target_entropy)^2 "
+        "downhill instead.",
         minimum=0,
     )
     beta_kl_target: float | None = key(
@@ -485,6 +546,7 @@ def check_combinations(config: Config, given: dict[str, dict], source: str) -> N
             f"({training.minibatches}); groups are not cut apart"
         )
     check_loss_type(training, source)
+    check_method(training, source)
     if training.meta_lr > 0 and training.tau_target_entropy is None:
         raise ConfigError(f"{source}: training.meta_lr needs training.tau_target_entropy, the entropy to steer to")
     for name in ("state_bits", "offload"):
@@ -531,6 +593,47 @@ def check_loss_type(training: TrainingConfig, source: str) -> None:
         )
     if "maxent" in given and training.tau + training.beta == 0:
         raise ConfigError(f"{source}: training.tau + training.beta must be greater than 0 for loss_type maxent")
+
+
+def check_method(training: TrainingConfig, source: str) -> None:
+    """Combinations of the method's keys that mean nothing."""
+    several = training.minibatches * training.inner_epochs > 1
+    for wrong, sentence in (
+        (
+            training.baseline == "batch" and training.dynamic_sampling > 0,
+            "dynamic_sampling replaces groups that teach nothing, and against baseline: batch every group teaches; "
+            "use baseline: mean or leave_one_out",
+        ),
+        (
+            training.baseline != "mean" and training.scale_rewards == "parts",
+            f"scale_rewards: parts takes each reward's mean over the group; remove baseline: {training.baseline}",
+        ),
+        (
+            training.baseline == "leave_one_out" and training.skip_unfinished_episodes,
+            "baseline: leave_one_out compares a completion with the others of its group, and skip_unfinished_episodes "
+            "may leave one alone; remove one of the two keys",
+        ),
+        (
+            training.overlong_buffer >= training.max_gen_len,
+            f"overlong_buffer ({training.overlong_buffer}) must be below max_gen_len ({training.max_gen_len}); "
+            f"a fifth of it is usual",
+        ),
+        (
+            "kl_in_reward" in training.penalties() and training.anchor == "rollout",
+            "kl_in_reward with anchor: rollout compares the policy that sampled with itself; use anchor: reference",
+        ),
+        (
+            "kl_in_reward" in training.penalties() and not training.has_policy_term(),
+            "kl_in_reward changes advantages, which maxent and listwise_kl do not read; remove it, or use kl",
+        ),
+        (
+            training.mismatch_mask is not None and several and training.old_logprobs == "sampler",
+            "mismatch_mask compares the trainer's log-probs with the sampler's, and old_logprobs: sampler takes one "
+            "for the other; use old_logprobs: trainer",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{source}: training.{sentence}")
 
 
 def check_lora(config: Config, source: str) -> None:
@@ -589,17 +692,39 @@ def read_yaml(path: str) -> dict:
     return raw
 
 
-def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything; ConfigError says what is wrong."""
-    path = str(path)
-    raw = read_yaml(path)
-    given: dict[str, dict] = {}
+def sections_of(raw: dict, path: str) -> dict[str, dict]:
+    """The sections of a file, each a mapping of its own."""
     for section, values in raw.items():
         if section not in SECTIONS:
             raise ConfigError(f"{path}: {section} is not a section{suggest(str(section), list(SECTIONS))}")
         if not isinstance(values, dict | None):
             raise ConfigError(f"{path}: {section} must be a list of `key: value` lines, not {values!r}")
-        given[section] = dict(values or {})
+    return {section: dict(values or {}) for section, values in raw.items()}
+
+
+def read_base(raw: dict, path: str) -> dict[str, dict]:
+    """The sections of the file that `base:` names, as seen from this one; it has no base itself."""
+    name = raw.pop("base", None)
+    if name is None:
+        return {}
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: base must be the path of another config, not {name!r}")
+    base = str(Path(path).parent / name)
+    found = read_yaml(base)
+    if "base" in found:
+        raise ConfigError(f"{path}: its base {base} has a base too; name that one, and give here what differs")
+    return sections_of(found, base)
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a YAML file over its base, apply `section.key=value` overrides, check everything.
+
+    ConfigError says what is wrong.
+    """
+    path = str(path)
+    raw = read_yaml(path)
+    base = read_base(raw, path)
+    given = sections_of(raw, path)
     for override in overrides:
         name, equals, text = override.partition("=")
         section, _, option = name.strip().partition(".")
@@ -611,8 +736,9 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
             given.setdefault(section, {})[option] = yaml.load(text, UniqueKeyLoader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {override}: the value cannot be read as YAML") from error
-    config = Config(**{section: fill_section(section, given[section], path) for section in given}, source=path)
-    check_combinations(config, given, path)
+    whole = {section: base.get(section, {}) | given.get(section, {}) for section in {**base, **given}}
+    config = Config(**{section: fill_section(section, values, path) for section, values in whole.items()}, source=path)
+    check_combinations(config, given, path)  # what a base says for all who name it may be unread in one of them
     return config
 
 

@@ -230,16 +230,18 @@ def test_bad_config_is_refused_in_one_line(write, text):
 
 RULES = {  # what a value must be and is not -> keys of training
     "must be at least 0, not -1": "beta kl_target ot_target reference_sync_steps epsilon epsilon_high entropy_coef "
+    "entropy_target overlong_buffer dynamic_sampling "
     "seed_grpo_alpha tau q_epsilon meta_lr tau_target_entropy warmup_steps weight_decay eval_interval random_seed",
-    "must be greater than 0, not 0": "ot_eps q_temperature tau_lr beta_kl_target importance_cap temperature "
+    "must be greater than 0, not 0": "top_entropy_quantile retire_solved "
+    "ot_eps q_temperature tau_lr beta_kl_target importance_cap temperature "
     "learning_rate max_grad_norm",
     "must be at least 1, not 0": "ot_window max_steps max_gen_len micro_batch_size minibatches inner_epochs",
-    "must be greater than 1, not 1": "delta",
+    "must be greater than 1, not 1": "delta mismatch_mask",
     "must be less than 1, not 1": "epsilon betas",
-    "must be at most 1, not 2": "q_epsilon",
+    "must be at most 1, not 2": "q_epsilon top_entropy_quantile retire_solved",
     "must be a whole number, not 2.5": "ot_window reference_sync_steps tau_warmup_steps",
     "is not known": "kl_direction kl_estimator anchor policy_loss importance_sampling_level loss_agg scale_rewards "
-    "old_logprobs lr_schedule",
+    "baseline old_logprobs lr_schedule",
 }
 
 
@@ -253,6 +255,49 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_names_the_key(write, w
 
 
 HOW = "write it as section.key=value, for example training.learning_rate=1e-5"
+BAD_METHODS = {  # combinations that mean nothing
+    "baseline: batch\n  dynamic_sampling: 2": "use baseline: mean or leave_one_out",
+    "baseline: leave_one_out\n  scale_rewards: parts": "remove baseline: leave_one_out",
+    "baseline: leave_one_out\n  skip_unfinished_episodes: true": "remove one of the two keys",
+    "overlong_buffer: 40\n  max_gen_len: 40": "must be below max_gen_len (40)",
+    "loss_type: kl_in_reward\n  anchor: rollout": "use anchor: reference",
+    "loss_type: {kl_in_reward: 0.1, maxent: 1}": "remove it, or use kl",
+    "mismatch_mask: 2\n  minibatches: 2\n  old_logprobs: sampler": "use old_logprobs: trainer",
+}
+
+
+@pytest.mark.parametrize("text", BAD_METHODS)
+def test_combinations_that_mean_nothing_are_refused_in_one_line(write, text):
+    with pytest.raises(ConfigError) as refusal:
+        load_config(write(f"training:\n  {text}\n"))
+    assert BAD_METHODS[text] in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+    for line in text.split("\n  "):  # each by itself is possible, but for a mapping and what must be below 1,024
+        if "{" not in line and "buffer" not in line:
+            load_config(write(f"training:\n  {line}\n"))
+
+
+def test_a_config_may_name_another_as_its_base(write, tmp_path):
+    (tmp_path / "below").mkdir()
+    write("training:\n  loss_type: maxent\n  tau: 0.3\n  batch_size: 64\ndata:\n  eval_size: 7\n", "below/first.yaml")
+    path = write("base: below/first.yaml\ntraining:\n  loss_type: kl\n  batch_size: 32\nmodel:\n  dtype: float32\n")
+    config = load_config(path, ["training.beta=0.5"])
+    training = config.training
+    assert (training.loss_type, training.batch_size, training.beta, training.tau) == ("kl", 32, 0.5, 0.3)
+    assert (config.data.eval_size, config.model.dtype, config.source) == (7, "float32", str(path))
+    dumped = dump_config(config)
+    assert "base" not in yaml.safe_load(dumped) and yaml.safe_load(dumped)["data"]["eval_size"] == 7
+    assert dump_config(load_config(write(dumped, "dump.yaml"))) == dumped
+    for text, words in {
+        "base: 3": "base must be the path of another config, not 3",
+        "base: nowhere.yaml": "there is no such config file",
+        "base: config.yaml": "has a base too; name that one",
+        "base: below/first.yaml\ntraining:\n  loss_type: kl\n  tau: 1": "training.tau is not read by loss_type kl",
+    }.items():
+        with pytest.raises(ConfigError) as refusal:
+            load_config(write(text, "second.yaml"))
+        assert words in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
 BAD_OVERRIDES = {
     "training.beta": f"--set training.beta: {HOW}",
     "beta=1": f"--set beta=1: {HOW}",
@@ -358,6 +403,8 @@ def test_dump_loads_back_with_every_key_changed(write, loss_type):
     given["training"] = {name: value for name, value in given["training"].items() if not unread_by(probe, name)}
     given["training"] |= {"loss_type": loss_type, "batch_size": 24, "num_questions_per_batch": 6, "betas": [0.25, 0.5]}
     given["training"] |= {"anchor": "reference", "reference_sync_steps": 0}  # lora has no other anchor
+    given["training"] |= {"max_gen_len": 17, "skip_unfinished_episodes": False}
+    given["training"] |= {"scale_rewards": "batch", "old_logprobs": "trainer"}
     if isinstance(loss_type, dict):
         given["training"]["beta_kl_target"] = None
     config = load_config(write(yaml.safe_dump(given)))
