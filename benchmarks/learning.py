@@ -79,10 +79,16 @@ def table(results: dict[str, list[dict]]) -> str:
             return ""
         return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
-    used = {name: shown for name, shown in COLUMNS.items() if any(run.get(name) for rows in results.values() for run in rows)}
+    used = {
+        name: shown
+        for name, shown in COLUMNS.items()
+        if any(run.get(name) for rows in results.values() for run in rows)
+    }
     lines = ["| run | " + " | ".join(title for title, _ in used.values()) + " |", "|" + "---|" * (len(used) + 1)]
     for label, runs in results.items():
-        lines.append("| " + " | ".join([f"`{label}`", *(cell(runs, name, form) for name, (_, form) in used.items())]) + " |")
+        lines.append(
+            "| " + " | ".join([f"`{label}`", *(cell(runs, name, form) for name, (_, form) in used.items())]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -100,7 +106,9 @@ def draw(curves: dict[str, list[list[dict]]], file: Path) -> None:
             steps = [row["step"] for row in runs[0] if key in row]
             columns = list(zip(*rows, strict=True))
             style = ("-", "--", ":")[index // 10 % 3]
-            (line,) = axis.plot(steps, [mean(column) for column in columns], style, marker="o", markersize=3, label=label)
+            (line,) = axis.plot(
+                steps, [mean(column) for column in columns], style, marker="o", markersize=3, label=label
+            )
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axis.fill_between(steps, low, high, alpha=0.1, color=line.get_color())
         axis.set(title=f"held-out accuracy, {title}", xlabel="step")
@@ -112,7 +120,9 @@ def draw(curves: dict[str, list[list[dict]]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", type=Path, default=sorted((PROJECT / "configs" / "recipes").glob("*.yaml")))
+    parser.add_argument(
+        "--configs", nargs="+", type=Path, default=sorted((PROJECT / "configs" / "recipes").glob("*.yaml"))
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--vary", nargs="+", metavar="KEY VALUE...", help="one run for each value of a key")

@@ -7,7 +7,7 @@ Everything here is small: one row per group, one column per completion, `mask` s
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ TINY = torch.finfo(torch.float32).tiny  # the smallest tau + beta we divide by; 
 TAU_RANGE, BETA_RANGE = (1e-3, 10.0), (1e-4, 10.0)
 ENTROPY_DECAY = 0.9  # of the averaged weight entropy
 KL_CLIP, KL_HORIZON = 0.2, 10.0  # at a clipped error beta grows by 0.2 / 10 an update
+BONUS_STEP, BONUS_MOST = 0.005, 1.0  # of the weight of the entropy bonus a step; as in TRL
 
 
 def group_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -129,17 +130,25 @@ def seed_grpo_scale(semantic_entropy: Tensor, alpha: float, group_size: int | Te
 
 @dataclass
 class Controllers:
-    """The live values of tau and beta, and what moves them. A measurement that is not finite moves nothing."""
+    """The live values of tau, beta and the entropy bonus, and what moves them; a value that is not finite does not."""
 
     training: TrainingConfig
     entropy_average: float | None = None
+    entropy_before: float | None = None  # of the policy in the step before
 
     def __post_init__(self) -> None:
-        self.tau, self.beta = self.training.tau, self.training.beta
+        self.tau, self.beta, self.entropy_coef = self.training.tau, self.training.beta, self.training.entropy_coef
+
+    def live(self) -> TrainingConfig:
+        """The config with the live values. The bonus acts only where the entropy was below its target."""
+        target, before = self.training.entropy_target, self.entropy_before
+        rests = target is not None and before is not None and before > target
+        return replace(self.training, tau=self.tau, beta=self.beta, entropy_coef=0.0 if rests else self.entropy_coef)
 
     def steer(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
-        """Move tau and beta by what the step has measured; returns their values, where the loss reads them."""
+        """Move all by what the step has measured; returns their values, where the loss reads them."""
         training = self.training
+        bonus = self.update_entropy_coef(metrics.get("train/entropy", math.nan))
         if "maxent/weight_entropy" in metrics:
             measured, target = metrics["maxent/weight_entropy"], training.tau_target_entropy
             if training.meta_lr > 0 and target is not None:
@@ -150,8 +159,18 @@ class Controllers:
         if "train/kl_k3" in metrics:
             self.update_beta(metrics["train/kl_k3"])
         reads_beta = isinstance(training.loss_type, str) and training.loss_type not in ("none", "listwise_kl")
-        live = {"train/beta": self.beta} if reads_beta or "maxent" in training.penalties() else {}
+        live = bonus | ({"train/beta": self.beta} if reads_beta or "maxent" in training.penalties() else {})
         return live | {"maxent/tau": self.tau} if "maxent" in training.penalties() else live
+
+    def update_entropy_coef(self, entropy: float) -> dict[str, float]:
+        """Skywork-OR1 (He et al. 2025, 2505.22312): a fixed step up below the target, else down."""
+        target = self.training.entropy_target
+        if target is None:
+            return {}
+        if math.isfinite(entropy):
+            moved = self.entropy_coef + (BONUS_STEP if entropy <= target else -BONUS_STEP)
+            self.entropy_coef, self.entropy_before = min(max(moved, 0.0), BONUS_MOST), entropy
+        return {"train/entropy_coef": self.entropy_coef}
 
     def update_tau(self, measured_entropy: float, step: int) -> None:
         """Move log tau by the distance of the averaged weight entropy from its target: too much entropy, less tau."""
@@ -172,19 +191,18 @@ class Controllers:
         self.beta = min(max(self.beta * (1 + error / KL_HORIZON), BETA_RANGE[0]), BETA_RANGE[1])
 
     def meta_step(self, tau_gradient: float, beta_gradient: float) -> None:
-        """One descent step in log tau and log beta of a controller objective with these gradients by tau and beta.
+        """One descent step in tau and beta of a controller objective with these gradients.
 
-        A gradient that is zero or not finite leaves its parameter alone, and so does a parameter of 0 or inf.
+        A gradient that is not finite leaves its parameter alone, and so does a parameter of 0 or inf.
         """
-        rate = self.training.meta_lr
-        tau_slope, beta_slope = tau_gradient * self.tau, beta_gradient * self.beta  # d/d log x = x d/dx
-        if tau_slope and math.isfinite(tau_slope):
-            self.tau = _log_step(self.tau, -rate * tau_slope, *TAU_RANGE)
-        if beta_slope and math.isfinite(beta_slope):
-            self.beta = _log_step(self.beta, -rate * beta_slope, *BETA_RANGE)
+        for name, gradient, (low, high) in (("tau", tau_gradient, TAU_RANGE), ("beta", beta_gradient, BETA_RANGE)):
+            value = getattr(self, name)
+            if gradient and math.isfinite(gradient) and 0 < value < math.inf:
+                setattr(self, name, min(max(value - self.training.meta_lr * gradient, low), high))
 
     def state_dict(self) -> dict[str, float | None]:
-        return {"tau": self.tau, "beta": self.beta, "entropy_average": self.entropy_average}
+        names = ("tau", "beta", "entropy_coef", "entropy_average", "entropy_before")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         for name, value in state.items():

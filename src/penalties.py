@@ -29,6 +29,7 @@ class Penalty:
     function: Callable[..., Any]
     needs_anchor: bool
     is_objective: bool
+    of_reward: bool
     exact_kl: bool
     of_logits: bool
 
@@ -53,19 +54,21 @@ def penalty(
     *,
     anchor: bool = True,
     objective: bool = False,
+    of_reward: bool = False,
     reads: tuple[str, ...] = (),
     exact_kl: bool = False,
     of_logits: bool = False,
 ):
     """Register a penalty, and say what it needs.
 
-    An `objective` takes the place of the policy term, and sees each group whole. `reads`: keys of the config that only
-    such penalties read. `of_logits`: the function is a distance of two distributions over the vocabulary,
-    fn(logits, anchor_logits) [tokens, vocab] -> [tokens], and autograd differentiates it chunk by chunk.
+    An `objective` takes the place of the policy term, and sees each group whole. One `of_reward` is a constant that the
+    loop takes from the advantage of each token. `reads`: keys of the config that only such penalties read.
+    `of_logits`: the function is a distance of two distributions over the vocabulary, fn(logits, anchor_logits)
+    [tokens, vocab] -> [tokens], and autograd differentiates it chunk by chunk.
     """
 
     def register(function: Any) -> Any:
-        PENALTIES[name] = Penalty(name, function, anchor, objective, exact_kl, of_logits)
+        PENALTIES[name] = Penalty(name, function, anchor, objective, of_reward, exact_kl, of_logits)
         return function
 
     return register
@@ -112,6 +115,16 @@ def approximate_kl(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict
     log_weight = (scores.logprobs - batch.old_logprobs).clamp(max=MAX_LOG_RATIO)
     weight = (log_weight if differentiated else log_weight.detach()).exp()
     return hinge("approx_kl", weight * estimate, training.kl_target, batch)
+
+
+@penalty("kl_in_reward", of_reward=True, reads=("beta_kl_target",))
+def kl_in_reward(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
+    """The k1 of each sampled token, whose share in the policy gradient is on average that of the exact reverse KL.
+
+    "A Comedy of Estimators" (2512.21852): of the sampled estimates this one, in the reward, is without bias.
+    """
+    assert scores.anchor_logprobs is not None and batch.old_logprobs is not None
+    return (batch.old_logprobs - scores.anchor_logprobs).detach(), {}
 
 
 @penalty("ot", reads=("ot_target", "ot_window", "ot_eps", "beta_kl_target"))

@@ -62,6 +62,12 @@ def check_task(config: Config, task) -> None:
         ("old_logprobs", training.old_logprobs == "sampler"),
         ("anchor", training.anchor == "rollout"),
         ("zero_truncated_rewards", training.zero_truncated_rewards),
+        ("mismatch_mask", training.mismatch_mask is not None),
+        ("overlong_buffer", training.overlong_buffer > 0),
+        ("dynamic_sampling", training.dynamic_sampling > 0),
+        ("retire_solved", training.retire_solved is not None),
+        ("curriculum", training.curriculum),
+        ("scale_rewards", training.scale_rewards == "parts"),
     ):
         if wrong:
             raise ConfigError(

@@ -33,6 +33,7 @@ class Episode:
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward_errors: int = 0  # parts that are 0 because something went wrong
+    rewards: tuple[tuple[float, float], ...] = ()  # weight and value of what the reward is the sum of
 
     advantages: tuple[float, ...] = ()  # of each written token
     token_weight: float = 0.0  # weight of each written token in the loss: 1 / (denominator of the whole update)
@@ -65,6 +66,11 @@ class Group:
     def tokens(self) -> int:
         """Tokens of a packed row: the prompt's once, and those of all episodes."""
         return len(self.problem.prompt_ids) + sum(len(episode.token_ids) for episode in self.episodes)
+
+    def varies(self) -> bool:
+        """Whether its rewards differ by more than 1e-4 of the largest (and of rounding): else it teaches nothing."""
+        rewards = [episode.reward for episode in self.episodes]
+        return max(rewards) - min(rewards) > max(1e-4 * max(map(abs, rewards)), 1e-12)
 
     def teaches(self) -> bool:
         """Whether any token has an advantage."""

@@ -7,53 +7,148 @@ records that travel between the two (src/records.py) are frozen. N is a number o
 import math
 import random
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from src.config import Config, TrainingConfig
+from src.config import Config, RunError, TrainingConfig
 from src.maxent import seed_grpo_scale, semantic_entropy
 from src.penalties import MAX_LOG_RATIO, PENALTIES, has_variance, kl_estimates, maxent_shares
 from src.prepare import Run, prepare
 from src.records import Batch, Episode, Group, Measured, Problem, Scores
-from src.tasks import answers_of
+from src.tasks import answers_of, solved
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and advantages
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def problems_of_step(run: Run, step: int) -> list[Problem]:
-    """The prompts of a step (from 1): each epoch is a new shuffle, a function of seed and epoch alone."""
-    training = run.config.training
-    size = training.num_questions_per_batch
-    per_epoch = max(1, len(run.train_problems) // size)
-    epoch, place = divmod(step - 1, per_epoch)
-    order = list(range(len(run.train_problems)))
-    random.Random(f"order {training.random_seed} {epoch}").shuffle(order)
-    return [run.train_problems[order[(place * size + index) % len(order)]] for index in range(size)]
+def rollout(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
+    """The graded groups of a step, and what it took to get them.
+
+    Dynamic sampling (DAPO, Yu et al. 2025, section 3.2): groups without variance make room for those of other prompts.
+    """
+    training, size, state = run.config.training, run.config.training.num_questions_per_batch, run.state
+    state.setdefault("cursor", (step - 1) * size)
+    groups: list[Group] = []
+    useful: list[bool] = []
+    for _ in range(1 + training.dynamic_sampling):
+        problems = next_problems(run, size - sum(useful))
+        more = with_length_penalty(run.sample(problems, training.batch_size // size, stream=step), training)
+        groups, useful = groups + more, useful + [group.varies() for group in more]
+        if sum(useful) >= size:
+            break
+    if training.retire_solved is not None or training.curriculum:
+        state["accuracy"] = with_running_accuracy(state.get("accuracy", {}), groups)
+    state["barren_steps"] = state.get("barren_steps", 0) + (not any(useful))
+    metrics = {
+        "rollout/tokens": sum(episode.length for group in groups for episode in group.episodes),
+        "rollout/prompts": len(groups),
+        "rollout/useful_groups": sum(useful) / max(1, len(groups)),
+        "train/barren_steps": state["barren_steps"],
+    }
+    if training.dynamic_sampling > 0:
+        groups = sorted(groups, key=Group.varies, reverse=True)[:size]
+    return groups, metrics
+
+
+def next_problems(run: Run, count: int) -> list[Problem]:
+    """The next prompts, from where the cursor in run.state stands; each epoch is a new shuffle.
+
+    Passed over are solved ones (retire_solved) and, by chance, what is nearly always right or wrong (curriculum).
+    """
+    training, problems, state = run.config.training, run.train_problems, run.state
+    accuracy, limit = state.get("accuracy", {}), training.retire_solved or math.inf
+    state.setdefault("cursor", 0)
+    left = len(problems) - sum(known >= limit for known in accuracy.values())
+    if left < count:
+        raise RunError(
+            f"only {left} of {len(problems)} training problems have an accuracy below training.retire_solved "
+            f"({limit}), and {count} are wanted: raise it, give more or harder problems, or let the run end here"
+        )
+    found: list[Problem] = []
+    while len(found) < count:
+        epoch, place = divmod(state["cursor"], len(problems))
+        problem = problems[order_of_epoch(training.random_seed, epoch, len(problems))[place]]
+        known = accuracy.get(problem.index)
+        chance = 1.0 if known is None or not training.curriculum else max(0.1, 4 * known * (1 - known))
+        comes = random.Random(f"turn {training.random_seed} {state['cursor']}").random() < chance
+        state["cursor"] += 1
+        if comes and (known is None or known < limit) and problem not in found:
+            found.append(problem)
+    return found
+
+
+@cache
+def order_of_epoch(seed: int, epoch: int, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    return order
+
+
+def with_running_accuracy(accuracy: dict[int, float], groups: list[Group]) -> dict[int, float]:
+    """Of each problem, by its index: half of what it was, half of what is new."""
+    means = {g.problem.index: sum(map(solved, g.episodes)) / len(g.episodes) for g in groups}
+    return accuracy | {index: (accuracy.get(index, mean) + mean) / 2 for index, mean in means.items()}
+
+
+def with_length_penalty(groups: list[Group], training: TrainingConfig) -> list[Group]:
+    """DAPO, equation 13: within `overlong_buffer` of the limit the reward falls towards -1, what a cut off one gets."""
+    if training.overlong_buffer == 0:
+        return groups
+
+    def punish(episode: Episode) -> Episode:
+        beyond = (episode.length - training.max_gen_len) / training.overlong_buffer + 1
+        penalty = -min(max(beyond, 0.0), 1.0) if episode.finished else -1.0
+        parts = {**episode.reward_parts, "overlong": penalty}
+        rewards = (*episode.rewards, (1.0, penalty))
+        return replace(episode, reward=episode.reward + penalty, reward_parts=parts, rewards=rewards)
+
+    return [replace(group, episodes=tuple(map(punish, group.episodes))) for group in groups]
 
 
 def with_advantages(groups: list[Group], training: TrainingConfig, task=None) -> list[Group]:
-    """Reward minus the group's mean, over the standard deviation; exactly 0 in a group without variance.
+    """Reward minus a baseline, over a scale; exactly 0 in a group without variance (in a batch, if that is compared).
 
-    DeepSeekMath (Shao et al. 2024), section 4.1.2; `scale_rewards: none` is Dr. GRPO (Liu et al. 2025). The deviation
-    is that of the group itself; an estimate for the population (TRL) is larger, by 1.07 at 8 completions, by 1.41 at 2.
+    DeepSeekMath (Shao et al. 2024), section 4.1.2, and the switches of RLOO, Dr. GRPO, MaxRL and GDPO. The deviation is
+    that of the group itself; an estimate for the population (TRL) is larger, by 1.07 at 8 completions, by 1.41 at 2.
     """
     rewards = [torch.tensor([e.reward for e in group.episodes], dtype=torch.float64) for group in groups]  # [G] each
+    if training.scale_rewards == "parts":
+        rewards = [normalized_parts(group) for group in groups]
+    batch = torch.cat(rewards) if rewards else torch.zeros(0)  # [all]
     scales = torch.ones(len(groups))
     if training.seed_grpo_alpha > 0:
         scales = uncertainty_scale(groups, training.seed_grpo_alpha, task)  # [groups]
     finished = []
     for group, row, scale in zip(groups, rewards, scales.tolist(), strict=True):
         advantages = torch.zeros_like(row)  # [G]
-        if has_variance(row[None]):
-            of = {"group": row, "batch": torch.cat(rewards)}.get(training.scale_rewards)
-            advantages = scale * (row - row.mean()) / (1.0 if of is None else of.std(correction=0))
+        if has_variance((batch if training.baseline == "batch" else row)[None]):
+            others = (row.sum() - row) / max(1, len(row) - 1)  # [G] the mean of the others
+            baseline = {"mean": row.mean(), "leave_one_out": others, "batch": batch.mean()}[training.baseline]
+            advantages = scale * (row - baseline) / divisor(row, batch, training.scale_rewards)
         pairs = zip(group.episodes, advantages.tolist(), strict=True)
         finished.append(replace(group, episodes=tuple(replace(e, advantages=(a,) * e.length) for e, a in pairs)))
     return finished
+
+
+def divisor(row: Tensor, batch: Tensor, scale_rewards: str) -> Tensor | float:
+    """What advantages are divided by; infinite, where rewards of a mean of 0 have no scale."""
+    if scale_rewards == "none":
+        return 1.0
+    if scale_rewards == "mean":  # MaxRL (2602.02710): for rewards of 0 and 1 the pass rate
+        return row.mean() if row.mean() > 0 else math.inf
+    over = row if scale_rewards == "group" else batch
+    return over.std(correction=0) if has_variance(over[None]) else math.inf
+
+
+def normalized_parts(group: Group) -> Tensor:
+    """GDPO (2601.05242): each reward normalised in its group by itself, and their weighted sum [G]."""
+    values = torch.tensor([[value for _, value in e.rewards] for e in group.episodes], dtype=torch.float64).T  # [K, G]
+    weights = torch.tensor([weight for weight, _ in group.episodes[0].rewards], dtype=torch.float64)  # [K]
+    centred = (values - values.mean(1, keepdim=True)) * has_variance(values)  # [K, G]
+    return weights @ (centred / values.std(1, correction=0, keepdim=True).clamp_min(1e-12))
 
 
 def uncertainty_scale(groups: list[Group], alpha: float, task) -> Tensor:
@@ -77,13 +172,18 @@ def with_loss_weights(groups: list[Group], training: TrainingConfig) -> list[Gro
     skips = training.skip_unfinished_episodes
     kept = [replace(g, episodes=tuple(e for e in g.episodes if e.length and (e.finished or not skips))) for g in groups]
     lengths = [e.length for g in kept for e in g.episodes]
-    constants = {"token": sum(lengths), "constant": len(lengths) * training.max_gen_len}
+    kept = [group for group in kept if group.episodes]
 
-    def weigh(episode: Episode) -> Episode:
-        denominator = constants.get(training.loss_agg, len(lengths) * episode.length)
+    def weigh(group: Group, episode: Episode) -> Episode:
+        denominator = {
+            "token": sum(lengths),
+            "sequence": len(lengths) * episode.length,
+            "prompt": len(kept) * sum(other.length for other in group.episodes),
+            "constant": len(lengths) * training.max_gen_len,
+        }[training.loss_agg]
         return replace(episode, token_weight=1 / denominator, episode_weight=1 / len(lengths))
 
-    return [replace(g, episodes=tuple(map(weigh, g.episodes))) for g in kept if g.episodes]
+    return [replace(g, episodes=tuple(weigh(g, e) for e in g.episodes)) for g in kept]
 
 
 def policy_loss(logprobs: Tensor, batch: Batch, training: TrainingConfig) -> tuple[Tensor, Tensor]:
@@ -106,10 +206,21 @@ def policy_loss(logprobs: Tensor, batch: Batch, training: TrainingConfig) -> tup
         bounded = ratio if training.delta is None else ratio.clamp(max=training.delta)
         surrogate = torch.minimum(bounded * advantages, ratio.clamp(1 - training.epsilon, 1 + high) * advantages)
         binds = surrogate != ratio * advantages
-    if training.importance_cap is not None and batch.sampled_logprobs is not None:  # a sampler in lower precision
-        correction = (batch.old_logprobs - batch.sampled_logprobs).exp()  # [N]
-        surrogate = surrogate * correction.clamp(max=training.importance_cap)
     return -surrogate, binds.float()
+
+
+def sampler_weights(batch: Batch, training: TrainingConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """For a sampler in lower precision: what each token [N] counts, and the share of completions that do not."""
+    weights, measured = torch.ones_like(batch.advantages), {}  # [N]
+    if batch.sampled_logprobs is None or batch.old_logprobs is None:
+        return weights, measured
+    log_ratio = batch.old_logprobs - batch.sampled_logprobs  # [N]
+    if training.importance_cap is not None:  # truncated, token by token
+        weights = log_ratio.exp().clamp(max=training.importance_cap)
+    if training.mismatch_mask is not None:  # masked, whole completions
+        far = batch.episode_mean(log_ratio).abs() > math.log(training.mismatch_mask)  # [E]
+        weights, measured["train/mismatch_masked"] = weights * ~far[batch.episode_index], far.float()
+    return weights, measured
 
 
 def objective(training: TrainingConfig, scores: Scores, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,8 +235,14 @@ def objective(training: TrainingConfig, scores: Scores, batch: Batch) -> tuple[T
         shares, found = maxent_shares(scores, batch, training)  # [E]
         batch = replace(batch, advantages=penalties.pop("maxent") * shares[batch.episode_index])
         measured |= found
+    for name in [name for name in penalties if PENALTIES[name].of_reward]:
+        value, found = PENALTIES[name](scores, batch, training)  # [N] a constant
+        batch = replace(batch, advantages=batch.advantages - penalties.pop(name) * value)
+        measured |= found
     if training.has_policy_term():
+        weights, found = sampler_weights(batch, training)
         surrogate, measured["train/clip_fraction"] = policy_loss(scores.logprobs, batch, training)  # [N] each
+        surrogate, measured = surrogate * weights, measured | found
         if training.maxent_clipped:  # its weights are those of whole completions
             surrogate = batch.spread(batch.episode_mean(surrogate))
         parts["train/policy_loss"] = batch.mean(surrogate)
@@ -167,14 +284,14 @@ def wanted(training: TrainingConfig, anchor: bool) -> dict:
 def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     """Optimizer steps on one rollout; returns means over all of its tokens."""
     controllers = run.state["controllers"]
-    training = replace(run.config.training, tau=controllers.tau, beta=controllers.beta)
+    training = controllers.live()
     updates = training.minibatches * training.inner_epochs
     active = [PENALTIES[name] for name, weight in training.penalties().items() if weight > 0]
     pulls = any(penalty.needs_anchor for penalty in active)  # else the distance is only measured, now and then
     want = wanted(training, pulls or run.evaluates_at(step))
     # where nothing else has a gradient, a group without an advantage has none
     only_advantages = not pulls and training.entropy_coef == 0 and all(p.is_objective for p in active)
-    if updates > 1:
+    if updates > 1 or training.top_entropy_quantile < 1:
         groups = with_old_logprobs(run, groups, training)
     rate = learning_rate_at(step, run.max_steps, training)
     measured, norms = Measured(), []
@@ -193,9 +310,25 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
 
 def with_old_logprobs(run: Run, groups: list[Group], training: TrainingConfig) -> list[Group]:
     """The log-probs that the ratios of several updates are taken to: the trainer's own, or those of the sampler."""
+    if training.top_entropy_quantile < 1:
+        groups = with_advantages_where_uncertain(run.engine.score(groups), training.top_entropy_quantile)
+    elif training.old_logprobs == "trainer":
+        groups = run.engine.score(groups)
     if training.old_logprobs == "trainer":
-        return run.engine.score(groups)
+        return groups
     return [replace(g, episodes=tuple(replace(e, old_logprobs=e.logprobs) for e in g.episodes)) for g in groups]
+
+
+def with_advantages_where_uncertain(groups: list[Group], share: float) -> list[Group]:
+    """Wang et al. 2025 (2506.01939): of all tokens of the rollout those of highest entropy keep theirs."""
+    entropies = torch.tensor([h for g in groups for e in g.episodes for h in e.entropies or ()])  # [all]
+    least = entropies.sort(descending=True).values[max(1, round(share * len(entropies))) - 1].item()
+
+    def choose(episode: Episode) -> Episode:
+        pairs = zip(episode.advantages, episode.entropies or (), strict=True)
+        return replace(episode, advantages=tuple(a if entropy >= least else 0.0 for a, entropy in pairs))
+
+    return [replace(group, episodes=tuple(map(choose, group.episodes))) for group in groups]
 
 
 def learning_rate_at(step: int, max_steps: int, training: TrainingConfig) -> float:
@@ -218,11 +351,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Group]]:
     every = 1 if training.anchor == "rollout" else training.reference_sync_steps
     if every and (step - 1) % every == 0:
         run.engine.move_anchor()
-    problems = problems_of_step(run, step)
-    groups = run.sample(problems, training.batch_size // training.num_questions_per_batch, stream=step)
+    groups, metrics = rollout(run, step)
     groups = with_advantages(groups, training, run.task)
-    metrics = update(run, groups, step)
-    return metrics, groups
+    return metrics | update(run, groups, step), groups
 
 
 def evaluate(run: Run, samples: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from src.engine.sharding import full
 from src.prepare import prepare
 from src.run import Run
 from src.run.stop import leave
-from src.train_grpo import objective, problems_of_step, run_training, wanted, with_advantages, with_loss_weights
+from src.train_grpo import next_problems, objective, run_training, wanted, with_advantages, with_loss_weights
 
 
 def gradient_of_a_step(config: Config) -> dict[str, torch.Tensor]:
@@ -30,7 +30,7 @@ def gradient_of_a_step(config: Config) -> dict[str, torch.Tensor]:
     run, training = prepare(config, "countdown"), config.training
     run.engine.begin(1)
     per_prompt = training.batch_size // training.num_questions_per_batch
-    groups = run.sample(problems_of_step(run, 1), per_prompt, stream=1)
+    groups = run.sample(next_problems(run, 6), per_prompt, stream=1)
     weighted = with_loss_weights(with_advantages(groups, training, run.task), training)
     run.engine.forward_backward(weighted, partial(objective, training), **wanted(training, anchor=True))
     return {name: full(p.grad) for name, p in run.engine.model.named_parameters() if p.grad is not None}

@@ -29,7 +29,7 @@ from src.run.console import configure_logging
 from src.run.stop import StopSignal
 from src.run.storage import RunLock, StorageError, set_aside
 from src.tasks import given_groups
-from src.train_grpo import objective, problems_of_step, run_training, wanted, with_advantages, with_loss_weights
+from src.train_grpo import next_problems, objective, run_training, wanted, with_advantages, with_loss_weights
 
 CONFIG = Path(__file__).parent.parent / "configs" / "configs_tiny" / "config_kl_beta0.04_tiny.yaml"
 SMALL = [
@@ -66,7 +66,11 @@ def saved_in(work: Path) -> str | None:
 def rollout(run) -> list:
     """The graded groups of step 1."""
     run.engine.begin(1)
-    return with_advantages(run.sample(problems_of_step(run, 1), 4, stream=1), run.config.training, run.task)
+    return with_advantages(
+        run.sample(next_problems(run, 6), 4, stream=1),
+        run.config.training,
+        run.task,
+    )
 
 
 def backward(run, groups):

@@ -266,8 +266,8 @@ def test_beta_update_by_hand():
 def test_meta_step_by_hand():
     controllers = controllers_of(2.0, 0.1, meta_lr=0.25)
     controllers.meta_step(0.2, -1.0)
-    assert controllers.tau == pytest.approx(2.0 * math.exp(-0.25 * 0.2 * 2.0))
-    assert controllers.beta == pytest.approx(0.1 * math.exp(0.25 * 0.1))
+    assert controllers.tau == pytest.approx(2.0 - 0.25 * 0.2)
+    assert controllers.beta == pytest.approx(0.1 + 0.25 * 1.0)
     before = values_of(controllers)
     controllers.meta_step(0.0, 0.0)
     assert values_of(controllers) == before
@@ -289,6 +289,25 @@ def test_controllers_without_target_or_measurement_stay():
         on.update_beta(broken)
         on.meta_step(broken, broken)
     assert values_of(on) == (1.0, 0.1, None)  # neither a value nor the average
+
+
+def test_the_entropy_bonus_grows_below_its_target_shrinks_above_and_then_rests():
+    """A step of 0.005 (TRL); a measurement that is not finite moves nothing, and the state survives."""
+    controllers = Controllers(TrainingConfig(entropy_target=0.5, entropy_coef=0.01))
+    assert controllers.live().entropy_coef == 0.01
+    weights = [controllers.steer({"train/entropy": entropy}, 1)["train/entropy_coef"] for entropy in (0.4, 0.5, NAN)]
+    assert weights == pytest.approx([0.015, 0.02, 0.02]) and controllers.live().entropy_coef == pytest.approx(0.02)
+    for _ in range(2):
+        controllers.steer({"train/entropy": 0.6}, 2)
+    assert controllers.entropy_coef == pytest.approx(0.01) and controllers.live().entropy_coef == 0
+    again = Controllers(controllers.training)
+    again.load_state_dict(controllers.state_dict())
+    assert (again.entropy_coef, again.live().entropy_coef) == (controllers.entropy_coef, 0)
+    for _ in range(9):
+        controllers.steer({"train/entropy": 0.6}, 3)
+    assert controllers.entropy_coef == 0
+    off = Controllers(TrainingConfig(entropy_coef=0.3))
+    assert "train/entropy_coef" not in off.steer({"train/entropy": 9.0}, 1) and off.live().entropy_coef == 0.3
 
 
 def simulate_tau(controllers: Controllers, steps, first_step=0):
@@ -329,7 +348,7 @@ def test_beta_controller_reaches_its_target(start):
 
 def test_the_meta_controller_descends_to_the_target_entropy_by_what_a_step_measures():
     q, reference = random_groups(groups=16, size=8)
-    controllers = controllers_of(0.02, 0.3, meta_lr=1.0, tau_target_entropy=1.7)
+    controllers = controllers_of(0.02, 0.3, meta_lr=0.2, tau_target_entropy=1.7)
 
     def measured() -> dict[str, float]:
         weights = maxent_weights(q, reference, controllers.tau, controllers.beta)

@@ -53,6 +53,7 @@ FORMS = {
     "k3": ("approx_kl", {"kl_estimator": "k3"}),
     "k3_unbiased": ("approx_kl", {"kl_estimator": "k3_unbiased"}),
     "k3 hinge": ("approx_kl", {"kl_estimator": "k3", "kl_target": 0.4}),
+    "kl in reward": ("kl_in_reward", {}),
     "ot": ("ot", {"ot_eps": 0.3, "ot_window": 2}),
     "ot wide": ("ot", {"ot_eps": 0.3, "ot_window": 16}),
     "ot hinge": ("ot", {"ot_eps": 0.3, "ot_window": 2, "ot_target": 0.75}),
@@ -237,6 +238,13 @@ def textbook_approx_kl(c: Completion, training) -> Tensor:
     return torch.relu(mean - training.kl_target) if training.kl_target else mean
 
 
+def textbook_kl_in_reward(c: Completion, training) -> Tensor:
+    """PPO's clip with minus the k1 of the policy that sampled as advantage."""
+    advantage = (c.anchor_chosen() - c.old).detach()
+    r = (c.chosen() - c.old).exp()
+    return -torch.min(r * advantage, r.clip(0.8, 1.28) * advantage).mean()
+
+
 def dense_transport(x: Tensor, y: Tensor, training) -> Tensor:
     """<P, C> + eps KL(P || a x b) of the dense problem, solved by alternating updates; its derivative in C is P."""
     length, eps = len(x), training.ot_eps
@@ -281,7 +289,7 @@ def textbook_maxent(group: list[Completion], training) -> Tensor:
     terms = []
     for w, c in zip(weights, group, strict=True):
         r = (c.chosen() - c.old).exp()
-        clipped = torch.min(r * w, r.clip(1 - training.epsilon, 1 + training.epsilon) * w)
+        clipped = torch.min(r * w, r.clip(0.8, 1.28) * w)
         terms.append((clipped if training.maxent_clipped else w * c.chosen()).mean())
     return -sum(terms)
 
@@ -320,7 +328,24 @@ def test_value_and_gradient_are_those_of_the_textbook_formula(form, seed):
         assert (each == 0).any() and (each > 0).any(), "one side of the hinge is not tried"
     if form == "maxent clipped":
         ratio = torch.cat([(c.chosen() - c.old).exp() for c in completions_of(logits, anchor, batch)])
-        assert (ratio > 1.2).any() and (ratio < 0.8).any() and ((ratio > 0.8) & (ratio < 1.2)).any(), "no clip binds"
+        assert (ratio > 1.28).any() and (ratio < 0.8).any() and ((ratio > 0.8) & (ratio < 1.2)).any(), "no clip binds"
+
+
+def test_kl_in_the_reward_has_the_gradient_of_the_exact_reverse_kl():
+    """Every token of the vocabulary once, weighed by its probability: k1 in the loss has the gradient 0 there."""
+    logits, anchor = make_problem()[0][:1].detach(), make_problem()[1][:1]
+    probabilities = logits.softmax(-1)[0]
+    ids = torch.arange(VOCABULARY)
+    gradients = {}
+    for loss_type, estimator in (("kl_in_reward", "k3"), ("approx_kl", "k1"), ("kl", "k3")):
+        training = TrainingConfig(loss_type=loss_type, kl_estimator=estimator, beta=0.7)
+        rows = logits.expand(VOCABULARY, -1).clone().requires_grad_()
+        batch = make_batch(ids, probabilities.log(), [0.0] * VOCABULARY, [[1] * VOCABULARY])
+        batch = replace(batch, weights=probabilities)
+        loss, _ = objective(training, scores_of(training, rows, anchor.expand(VOCABULARY, -1), batch), batch)
+        gradients[loss_type] = torch.autograd.grad(loss, rows)[0].sum(0)
+    torch.testing.assert_close(gradients["kl_in_reward"], gradients["kl"], rtol=1e-9, atol=1e-12)
+    assert gradients["kl"].norm() > 1e-2 and gradients["approx_kl"].norm() < 1e-12
 
 
 # ---- Zero at equality
@@ -792,7 +817,7 @@ def test_the_policy_term_reads_the_keys_that_are_marked_as_its_own():
         recorder = Recorder(TrainingConfig(loss_type="none", **keys))
         policy_loss(scores_of(recorder.training, logits, anchor, batch).logprobs, batch, recorder)
         names |= recorder.names
-    assert names == {name for name, field in FIELDS.items() if field.metadata.get("policy")} | {"importance_cap"}
+    assert names == {name for name, field in FIELDS.items() if field.metadata.get("policy")}
 
 
 def refusal(tmp_path, text: str) -> str:

@@ -26,7 +26,16 @@ from src.engine.scoring import score
 from src.maxent import Controllers
 from src.prepare import Run
 from src.records import Batch, Episode, Group, Problem, Scores
-from src.train_grpo import objective, policy_loss, train_step, update, with_advantages, with_loss_weights
+from src.train_grpo import (
+    objective,
+    policy_loss,
+    train_step,
+    update,
+    with_advantages,
+    with_advantages_where_uncertain,
+    with_length_penalty,
+    with_loss_weights,
+)
 
 cases = pytest.mark.parametrize
 
@@ -47,28 +56,29 @@ def surrogate(ratios: list[float], advantages: list[float], lengths: list[list[i
 
 
 HIGH, CISPO = {"epsilon_high": 0.28}, {"policy_loss": "cispo", "epsilon_high": 0.28}
-PPO = {  # epsilon 0.2: keys, ratio, advantage -> loss, gradient, whether clipped
+PPO = {  # epsilon 0.2, epsilon_high 0.28: keys, ratio, advantage -> loss, gradient, whether clipped
     "on policy": ({}, 1.0, 1.5, -1.5, -1.5, 0),
     "on policy, worse than average": ({}, 1.0, -1.5, 1.5, 1.5, 0),
     "inside, above": ({}, 1.1, 2.0, -2.2, -2.2, 0),
     "inside, below": ({}, 0.9, -1.0, 0.9, 0.9, 0),
-    "good and already likelier": ({}, 1.5, 2.0, -2.4, 0.0, 1),
+    "good and already likelier": ({}, 1.5, 2.0, -2.56, 0.0, 1),
     "good but less likely": ({}, 0.5, 2.0, -1.0, -1.0, 0),
     "bad and already less likely": ({}, 0.5, -2.0, 1.6, 0.0, 1),
     "bad but likelier": ({}, 1.5, -2.0, 3.0, 3.0, 0),
     "no advantage": ({}, 1.5, 0.0, 0.0, 0.0, 0),
+    "without epsilon_high": ({"epsilon_high": None}, 1.25, 2.0, -2.4, 0.0, 1),
     "epsilon_high, inside": (HIGH, 1.25, 1.0, -1.25, -1.25, 0),
     "epsilon_high, above": (HIGH, 1.3, 1.0, -1.28, 0.0, 1),
     "epsilon_high is not for below": (HIGH, 0.75, -1.0, 0.8, 0.0, 1),
     "epsilon_high of 0": ({"epsilon_high": 0.0}, 1.1, 1.0, -1.0, 0.0, 1),
     "delta, above": ({"delta": 3.0}, 5.0, -1.0, 3.0, 0.0, 1),
     "delta, inside": ({"delta": 3.0}, 2.5, -1.0, 2.5, 2.5, 0),
-    "delta is not for good ones": ({"delta": 3.0}, 5.0, 1.0, -1.2, 0.0, 1),
+    "delta is not for good ones": ({"delta": 3.0}, 5.0, 1.0, -1.28, 0.0, 1),
     "cispo, inside": (CISPO, 1.1, 2.0, None, -2.2, 0),
     "cispo, good beyond the clip": (CISPO, 4.0, 2.0, None, -2.56, 1),
     "cispo, bad beyond the clip": (CISPO, 4.0, -2.0, None, 2.56, 1),
     "cispo, below": (CISPO, 0.3, 2.0, None, -0.6, 0),
-    "cispo with epsilon alone": ({"policy_loss": "cispo"}, 4.0, 1.0, None, -1.2, 1),
+    "cispo with epsilon alone": ({"policy_loss": "cispo", "epsilon_high": None}, 4.0, 1.0, None, -1.2, 1),
 }
 
 
@@ -86,7 +96,7 @@ SEQUENCES = ([1.1 * 1.5, 1.1 / 1.5, 1.4 * 0.5, 1.4 * 4, 1.4 / 2], [2.0, -1.0], [
 GSPO = [  # a token's gradient is 1 / length of the ratio's, and length tokens share one loss
     ({"epsilon": 0.3}, [-2.2] * 2 + [1.4] * 3, [-2.2] * 2 + [1.4] * 3, [0] * 5),
     # clipped as a whole, also its unlikelier token
-    ({"epsilon": 0.05}, [-2.1] * 2 + [1.4] * 3, [0.0] * 2 + [1.4] * 3, [1, 1, 0, 0, 0]),
+    ({"epsilon": 0.05, "epsilon_high": None}, [-2.1] * 2 + [1.4] * 3, [0.0] * 2 + [1.4] * 3, [1, 1, 0, 0, 0]),
     ({"policy_loss": "cispo", "epsilon_high": 0.2}, None, [-2.2] * 2 + [1.2] * 3, [0, 0, 1, 1, 1]),
 ]
 
@@ -154,8 +164,14 @@ WEIGHTS = {  # max_gen_len 8: weight of each token of the four completions
     "token": [1 / 10] * 4,
     "sequence": [1 / (4 * 3), 1 / (4 * 1), 1 / (4 * 2), 1 / (4 * 4)],
     "constant": [1 / (4 * 8)] * 4,
+    "prompt": [1 / (2 * 4), 1 / (2 * 4), 1 / (2 * 6), 1 / (2 * 6)],
 }
-LOSSES = {"token": -(3 * 1 - 1 * 2 + 2 * 0.5 + 4 * 3) / 10, "sequence": -(1 - 2 + 0.5 + 3) / 4, "constant": -14 / 32}
+LOSSES = {
+    "token": -(3 * 1 - 1 * 2 + 2 * 0.5 + 4 * 3) / 10,
+    "sequence": -(1 - 2 + 0.5 + 3) / 4,
+    "constant": -14 / 32,
+    "prompt": -((3 * 1 - 1 * 2) / 4 + (2 * 0.5 + 4 * 3) / 6) / 2,
+}
 
 
 @cases("loss_agg", WEIGHTS)
@@ -209,6 +225,22 @@ def test_importance_cap_corrects_from_the_sampler_to_the_trainer(first_update):
     assert loss == pytest.approx(sum(expected)) and gradient == pytest.approx(expected)
     for free in ((replace(training, importance_cap=None), batch), (training, replace(batch, sampled_logprobs=None))):
         assert hand_loss(*free, old)[0] == pytest.approx(-4.0)
+
+
+@cases("first_update", [True, False])
+def test_a_completion_whose_mean_ratio_to_the_sampler_is_far_from_1_is_masked_and_counted(first_update):
+    """Geometric means 2 and 1/2 are kept by a bound of 2.1, 4 and 1/4 are not; single tokens may be further away."""
+    training = TrainingConfig(loss_type="none", loss_agg="token", mismatch_mask=2.1)
+    batch, old = hand_batch(training, hand_groups([[2, 1, 2, 1]], [1.0, 2.0, 3.0, 4.0])), torch.full((6,), -1.0)
+    sampled = old - torch.tensor([20, 0.2, 0.5, 8, 2, 0.25]).log()
+    batch = replace(batch, sampled_logprobs=sampled, old_logprobs=None if first_update else old)
+    loss, gradient, measured = hand_loss(training, batch, old)
+    assert gradient == pytest.approx([-1 / 6, -1 / 6, -2 / 6, 0, 0, 0]) and loss == pytest.approx(-4 / 6)
+    assert measured["train/mismatch_masked"].tolist() == [0, 0, 1, 1]
+    both = replace(training, importance_cap=1.5)
+    assert hand_loss(both, batch, old)[1] == pytest.approx([-1.5 / 6, -0.2 / 6, -2 * 0.5 / 6, 0, 0, 0])
+    free, _, measured = hand_loss(replace(training, mismatch_mask=None), batch, old)
+    assert free == pytest.approx(-(2 * 1 + 2 + 2 * 3 + 4) / 6) and "train/mismatch_masked" not in measured
 
 
 @cases("loss_agg", ["token", "sequence"])
@@ -271,6 +303,98 @@ def test_a_group_without_variance_has_advantages_of_exactly_zero(scale, same):
     assert advantages_of(rewarded([same]), scale_rewards=scale) == [[0.0] * 7]
 
 
+GROUPS = [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 2]]  # of means 0.5, 1, 0.5, together 2/3
+KINDS = {
+    "leave one out": (
+        {"baseline": "leave_one_out", "scale_rewards": "none"},
+        [[1 - 1 / 3, -2 / 3, -2 / 3, 1 - 1 / 3], [0.0] * 4, [-2 / 3, -2 / 3, -2 / 3, 2.0]],
+    ),
+    "batch": (
+        {"baseline": "batch", "scale_rewards": "none"},
+        [[1 / 3, -2 / 3, -2 / 3, 1 / 3], [1 / 3] * 4, [-2 / 3, -2 / 3, -2 / 3, 4 / 3]],
+    ),
+    "batch, over its deviation": (
+        {"baseline": "batch", "scale_rewards": "batch"},
+        [[1 / 3 / SPREAD, -2 / 3 / SPREAD, -2 / 3 / SPREAD, 1 / 3 / SPREAD], [1 / 3 / SPREAD] * 4,
+         [-2 / 3 / SPREAD, -2 / 3 / SPREAD, -2 / 3 / SPREAD, 4 / 3 / SPREAD]],
+    ),
+    "over the mean": ({"scale_rewards": "mean"}, [[1, -1, -1, 1], [0.0] * 4, [-1, -1, -1, 3]]),
+}  # fmt: skip
+
+
+@cases("kind", KINDS)
+def test_other_baselines_and_scales_by_hand(kind):
+    keys, expected = KINDS[kind]
+    got = advantages_of(rewarded(GROUPS), **keys)
+    assert [x for row in got for x in row] == pytest.approx([x for row in expected for x in row], abs=1e-12)
+
+
+def test_rewards_of_a_mean_of_0_or_less_have_no_scale_in_maxrl():
+    got = advantages_of(rewarded([[1, -1, 0, 0], [-1, -2, -1, -2], [0, 0, 0, 1]]), scale_rewards="mean")
+    assert got[:2] == [[0.0] * 4] * 2 and got[2] == pytest.approx([-1, -1, -1, 3])
+
+
+def test_gdpo_normalises_each_reward_by_itself_before_the_weighted_sum():
+    """The first reward varies in one group only; the second is 1,000 times as large, and has half the weight."""
+    first, second = [[1, 0, 0, 1], [1, 1, 1, 1]], [[0, 3000, 0, 3000], [1000, 1000, 1000, 5000]]
+    groups = [
+        replace(
+            g,
+            episodes=tuple(replace(e, rewards=((1.0, a), (0.5, b))) for e, a, b in zip(g.episodes, x, y, strict=True)),
+        )
+        for g, x, y in zip(rewarded(first), first, second, strict=True)
+    ]
+    summed = [[1 - 0.5, -1 + 0.5, -1 - 0.5, 1 + 0.5], [0.5 * a for a in (-1 / 3**0.5,) * 3 + (3**0.5,)]]
+    flat = [x for row in summed for x in row]
+    deviation = math.sqrt(sum(x * x for x in flat) / 8)
+    got = advantages_of(groups, scale_rewards="parts")
+    assert [x for row in got for x in row] == pytest.approx([x / deviation for x in flat], abs=1e-9)
+
+
+def test_the_overlong_penalty_falls_over_the_buffer_and_is_1_for_what_was_cut_off():
+    """DAPO, equation 13, at a limit of 20 and a buffer of 4."""
+    training = TrainingConfig(max_gen_len=20, overlong_buffer=4, loss_type="none")
+    lengths, finished = [3, 16, 17, 19, 20, 20], [True, True, True, True, True, False]
+    (group,) = with_length_penalty(hand_groups([lengths], [0.0] * 6, finished), training)
+    assert [e.reward for e in group.episodes] == pytest.approx([0, 0, -0.25, -0.75, -1, -1])
+    assert [e.reward_parts["overlong"] for e in group.episodes] == [e.reward for e in group.episodes]
+    assert [e.rewards for e in group.episodes] == [((1.0, e.reward),) for e in group.episodes]
+    untouched = hand_groups([lengths], [0.0] * 6, finished)
+    assert with_length_penalty(untouched, replace(training, overlong_buffer=0)) is untouched
+
+
+def test_only_the_tokens_of_highest_entropy_of_the_whole_rollout_keep_their_advantage():
+    groups = hand_groups([[2, 3], [5]], [1.0, -1.0, 2.0])
+    entropies = iter([(0.1, 0.9), (0.5, 0.2, 0.3), (0.0, 0.8, 0.05, 0.7, 0.6)])
+    groups = with_episodes(groups, lambda e: replace(e, entropies=next(entropies)))
+    kept = [e.advantages for g in with_advantages_where_uncertain(groups, 0.4) for e in g.episodes]
+    assert kept == [(0.0, 1.0), (0.0, 0.0, 0.0), (0.0, 2.0, 0.0, 2.0, 2.0)]
+    assert [e.advantages for g in with_advantages_where_uncertain(groups, 1.0) for e in g.episodes] == [
+        e.advantages for g in groups for e in g.episodes
+    ]
+
+
+@cases("size", [1, 1000])
+def test_top_entropy_quantile_does_not_depend_on_the_size_of_a_pass(size):
+    """The threshold is that of the rollout; a pass alone would choose others. The gradient is that of a masked loss."""
+    run, groups = updatable("none", top_entropy_quantile=0.3)
+    run.engine.limit = replace(run.engine.limit, completions=size)
+    scored_groups = run.engine.score(groups)
+    entropies = sorted((h for g in scored_groups for e in g.episodes for h in e.entropies), reverse=True)
+    least = entropies[round(0.3 * len(entropies)) - 1]
+    masked = with_episodes(
+        scored_groups,
+        lambda e: replace(
+            e, advantages=tuple(a * (h >= least) for a, h in zip(e.advantages, e.entropies, strict=True))
+        ),
+    )
+    expected = full_gradient(run.engine, masked)[1:]
+    before = torch.cat([p.detach().flatten().clone() for p in run.engine.model.parameters()])
+    update(run, groups, step=1)
+    moved = before - torch.cat([p.detach().flatten() for p in run.engine.model.parameters()])
+    assert expected.norm() > 1e-3 and (moved - expected).norm() < 1e-4 * expected.norm()
+
+
 @cases("unit", [1e-8, 1e-3, 1.0, 1e8])
 def test_what_counts_as_variance_does_not_depend_on_the_unit_of_rewards(unit):
     assert advantages_of(rewarded([[unit, 0, 0, unit]]))[0] == pytest.approx([1, -1, -1, 1])
@@ -308,6 +432,7 @@ def test_seed_grpo_scales_by_semantic_entropy():
         ("token", [1 / 11] * 4, [1 / 15] * 5),
         ("sequence", [1 / 4 / n for n in (3, 1, 2, 5)], [1 / 5 / n for n in (3, 1, 4, 2, 5)]),
         ("constant", [1 / 32] * 4, [1 / 40] * 5),
+        ("prompt", [1 / 2 / 4] * 2 + [1 / 2 / 7] * 2, [1 / 2 / 8] * 3 + [1 / 2 / 7] * 2),
     ],
 )
 def test_skipping_unfinished_episodes_changes_the_denominators(loss_agg, skipped, all_of_them):

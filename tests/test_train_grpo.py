@@ -17,7 +17,7 @@ from src.run.reading import read_rows
 from src.train_grpo import (
     evaluate,
     learning_rate_at,
-    problems_of_step,
+    next_problems,
     run_training,
     train_step,
     update,
@@ -56,7 +56,7 @@ def test_metrics_are_of_the_whole_step_and_a_gradient_that_is_not_finite_is_skip
     with torch.no_grad():  # away from the reference, so that the penalty has a gradient
         for parameter in run.engine.model.parameters():
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    groups = with_advantages(run.sample(problems_of_step(run, 1), 8, 1, 1.6), run.config.training)
+    groups = with_advantages(run.sample(next_problems(run, 6), 8, 1, 1.6), run.config.training)
     assert any(g.teaches() for g in groups) and len({e.length for g in groups for e in g.episodes}) > 3
     before, results = {name: value.clone() for name, value in run.engine.model.state_dict().items()}, []
     for size in (2, 1000):
@@ -86,7 +86,7 @@ def test_the_anchor_follows_when_told_to(overrides, moves):
 
 def test_every_problem_comes_once_an_epoch_in_a_new_order():
     run = prepare(small_config("data.train_size=18"), "countdown")
-    epochs = [[p.index for step in range(3 * e + 1, 3 * e + 4) for p in problems_of_step(run, step)] for e in range(2)]
+    epochs = [[p.index for step in range(3 * e + 1, 3 * e + 4) for p in next_problems(run, 6)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(18)) and epochs[0] != epochs[1]
 
 
@@ -140,10 +140,19 @@ def folder_of(work_dir: Path, name: str = NAME) -> Path:
     return work_dir / "runs" / f"{name}_countdown"
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
-    whole = run_training(small_config(), "countdown", tmp_path / "whole")
-    run_training(small_config("training.max_steps=2"), "countdown", tmp_path / "parts")
-    assert whole == run_training(small_config(), "countdown", tmp_path / "parts")
+EVERYTHING = (
+    "training.dynamic_sampling=2", "training.curriculum=true", "training.retire_solved=0.99", "data.train_size=30",
+    "training.entropy_target=0.5", "training.top_entropy_quantile=0.5", "training.overlong_buffer=8",
+    "training.mismatch_mask=2", "training.old_logprobs=trainer", "training.loss_type={kl: 0.04, kl_in_reward: 0.05}",
+    "training.loss_agg=prompt", "training.baseline=leave_one_out",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [(), EVERYTHING], ids=["plain", "everything"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, overrides):
+    whole = run_training(small_config(*overrides), "countdown", tmp_path / "whole")
+    run_training(small_config(*overrides, "training.max_steps=2"), "countdown", tmp_path / "parts")
+    assert whole == run_training(small_config(*overrides), "countdown", tmp_path / "parts")
     folders = [folder_of(tmp_path / name) for name in ("whole", "parts")]
     states = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in folders]
     for name, tensor in states[0].items():
@@ -320,7 +329,9 @@ def test_groups_of_a_file_are_cut_by_nothing_but_the_limits(tmp_path):
 
 @pytest.mark.parametrize(
     "override", ["training.importance_cap=2", "training.seed_grpo_alpha=1", "training.old_logprobs=sampler",
-                 "training.anchor=rollout", "training.zero_truncated_rewards=true"])  # fmt: skip
+                 "training.anchor=rollout", "training.zero_truncated_rewards=true", "training.mismatch_mask=2",
+                 "training.overlong_buffer=2", "training.dynamic_sampling=1", "training.retire_solved=0.9",
+                 "training.curriculum=true", "training.scale_rewards=parts"])  # fmt: skip
 def test_keys_about_the_policy_that_sampled_are_refused_where_none_did(tmp_path, override):
     rows = [{"prompt": f"{n}", "completions": [{"text": "1", "score": 0}, {"text": "2", "score": 1}]} for n in range(9)]
     with pytest.raises(ConfigError, match=f"{override.partition('=')[0]} is about the policy that sampled"):
@@ -336,7 +347,7 @@ def test_dropout_of_an_adapter_is_on_in_the_update_alone_and_the_same_when_a_ste
             for name, parameter in parameters.items():
                 if "lora_B" in name:
                     parameter.fill_(0.02)
-        groups = run.sample(problems_of_step(run, 1), 4, 1)
+        groups = run.sample(next_problems(run, 6), 4, 1)
         sampled.append([e.token_ids for g in groups for e in g.episodes])
         before = torch.cat([p.detach().flatten().clone() for p in parameters.values()])
         torch.manual_seed(len(moved))  # whatever the state of torch's own generator is

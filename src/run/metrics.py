@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from src.records import Group
 
 
-def step_metrics(groups: list[Group], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Rewards part by part, lengths, and the time that the engine took; every number is over the whole step."""
+def step_metrics(groups: list[Group], seconds: Mapping[str, float], sampled: float | None = None) -> dict[str, float]:
+    """Rewards part by part, lengths, and the time that the engine took; every number is over the whole step.
+
+    `sampled`: tokens of the rollout, where not all of its groups were trained on.
+    """
     episodes = [episode for group in groups for episode in group.episodes]
     tokens = sum(episode.length for episode in episodes)
     metrics = {"train/reward": sum(e.reward for e in episodes) / len(episodes)}  # what was trained on
@@ -20,5 +23,6 @@ def step_metrics(groups: list[Group], seconds: Mapping[str, float]) -> dict[str,
     }
     for purpose in ("rollout", "update"):
         metrics[f"time/{purpose}"] = seconds.get(purpose, 0.0)
-        metrics[f"{purpose}/tokens_per_second"] = tokens / max(seconds.get(purpose, 0.0), 1e-9)
+        handled = sampled if purpose == "rollout" and sampled is not None else tokens
+        metrics[f"{purpose}/tokens_per_second"] = handled / max(seconds.get(purpose, 0.0), 1e-9)
     return metrics

@@ -99,7 +99,7 @@ class Run:
     def record(self, metrics: dict[str, float], groups: list[Group]) -> None:
         """The step that steps() named last is finished."""
         step = self.engine.step
-        self.metrics = metrics | step_metrics(groups, self.engine.seconds)
+        self.metrics = metrics | step_metrics(groups, self.engine.seconds, metrics.get("rollout/tokens"))
         self.metrics |= {"rollout/failed_groups": self.engine.failed, "memory/peak_gib": self.engine.peak_gib()}
         self.bad_steps = self.bad_steps + 1 if metrics["train/skipped_updates"] else 0
         if step == 1:

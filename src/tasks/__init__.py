@@ -1,6 +1,6 @@
 """How answers are graded, rewards called and rows read. Importing it loads neither torch nor a tokenizer."""
 
-from src.tasks.accuracy import answers_of, confidence, mean, pass_at_k, ranking_metrics, summarize
+from src.tasks.accuracy import answers_of, confidence, mean, pass_at_k, ranking_metrics, solved, summarize
 from src.tasks.answers import final_answer, has_think_answer_format, last_answer
 from src.tasks.expressions import MAX_DIGITS, ExpressionError, evaluate_expression, plain_expression
 from src.tasks.given import given_groups
@@ -38,6 +38,7 @@ __all__ = [
     "pass_at_k",
     "plain_expression",
     "ranking_metrics",
+    "solved",
     "summarize",
     "text_of",
 ]

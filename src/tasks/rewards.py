@@ -117,7 +117,7 @@ class Rewards:
         faults = {self.task_name: [fault for _, fault in of_task]}  # one or None for each completion
         names = dict.fromkeys(name for given, _ in of_task for name in given)
         parts = [dict.fromkeys(names, 0.0) | given for given, _ in of_task]  # a part that a completion lacks is 0
-        totals = [given["reward"] for given in parts]
+        terms = [[(1.0, given["reward"])] for given in parts]  # weight and value
         for function in self.functions if pairs else ():
             if function.name in names:
                 raise ConfigError(
@@ -127,19 +127,18 @@ class Rewards:
             faults[function.name] = [value if isinstance(value, Fault) else None for value in values]
             for index, value in enumerate(values):
                 parts[index][function.name] = 0.0 if isinstance(value, Fault) else value
-                totals[index] += function.weight * parts[index][function.name]
+                terms[index].append((function.weight, parts[index][function.name]))
         self.report(faults)
         errors = [sum(fault is not None for fault in row) for row in zip(*faults.values(), strict=True)]
-        graded = iter(
-            replace(
-                episode,
-                reward=0.0 if zero_truncated and not episode.finished else total,
-                reward_parts=given,
-                reward_errors=wrong,
-            )
-            for (_, episode), total, given, wrong in zip(pairs, totals, parts, errors, strict=True)
-        )
-        return [replace(group, episodes=tuple(islice(graded, len(group.episodes)))) for group in groups]
+        graded = []
+        for (_, episode), row, given, wrong in zip(pairs, terms, parts, errors, strict=True):
+            if zero_truncated and not episode.finished:
+                row = [(weight, 0.0) for weight, _ in row]
+            total = sum(weight * value for weight, value in row)
+            changed = {"reward": total, "rewards": tuple(row), "reward_parts": given, "reward_errors": wrong}
+            graded.append(replace(episode, **changed))
+        rest = iter(graded)
+        return [replace(group, episodes=tuple(islice(rest, len(group.episodes)))) for group in groups]
 
     def task_parts(self, text: str, row: dict) -> tuple[dict[str, float], Fault | None]:
         """The task's own reward of one completion in its parts; all 0 after an error."""
