@@ -422,7 +422,10 @@ class LoraConfig:
     target_modules: list[str] | None = key(
         None, "Names of the linear layers that get an adapter; empty: all but the head."
     )
-    path: str | None = key(None, "Folder of a peft adapter to go on training.")
+    path: str | None = key(
+        None,
+        "Folder of a peft adapter to go on training; the reference is the base with this adapter as it was loaded.",
+    )
     merge_on_save: bool = key(False, "final/ holds the whole model with the adapter merged in, not the adapter.")
 
 
@@ -637,7 +640,7 @@ def check_method(training: TrainingConfig, source: str) -> None:
 
 
 def check_lora(config: Config, source: str) -> None:
-    """The base under the adapter is the reference, so the reference cannot be another policy."""
+    """The reference is the policy at the start, within the trained model, so it cannot be another policy."""
     lora, training = config.lora, config.training
     if not lora.r and not lora.path:
         given = [name for name, value in asdict(lora).items() if value != getattr(LoraConfig(), name)]
@@ -646,8 +649,8 @@ def check_lora(config: Config, source: str) -> None:
     elif training.anchor == "rollout" or training.reference_sync_steps:
         name = "anchor: rollout" if training.anchor == "rollout" else "reference_sync_steps"
         raise ConfigError(
-            f"{source}: training.{name} is not possible with lora, whose reference is the base under the adapter; "
-            f"remove it"
+            f"{source}: training.{name} is not possible with lora, whose reference is always the policy at the "
+            f"start; remove it"
         )
 
 

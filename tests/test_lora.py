@@ -10,14 +10,24 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_engine import make_engine, tiny_config
 from test_packing import make_pair, make_row, of_tokens, plain_logits, ragged_groups
 from test_sampler import TOKENIZER, sample, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.config import ConfigError, LoraConfig
 from src.engine.attention import ATTENTION_NAME, check_attention
-from src.engine.lora import FrozenBase, add_adapter, load_adapter_weights, merged_model, save_adapter
+from src.engine.lora import (
+    FrozenBase,
+    add_adapter,
+    dropout_in_update,
+    load_adapter_weights,
+    merged_model,
+    save_adapter,
+)
+from src.engine.plan import memory_plan
 from src.engine.scoring import score
+from src.train_grpo import run_training
 
 LORA = LoraConfig(r=3, alpha=6.0)
 SCALE = 2.0  # alpha / r
@@ -191,9 +201,11 @@ def test_scores_and_gradients_equal_those_of_two_plain_models(name, checkpointin
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_reference_leaves_the_policy_as_it_was_between_forward_and_backward(checkpointing):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_reference_leaves_the_policy_as_it_was_between_forward_and_backward(checkpointing, loaded):
     model, _ = make_adapted(checkpointing=checkpointing)
-    anchor, row = FrozenBase(model), make_row()
+    anchor, row = FrozenBase(model, loaded), make_row()
+    fill(model, seed=6)  # away from what was loaded
     trained = [x for pair in adapter_parts(model).values() for x in pair]
     score(model, row, 1.0).logprobs.sum().backward()
     once = [x.grad.clone() for x in trained]
@@ -217,6 +229,85 @@ def test_the_reference_is_the_base_bit_for_bit_and_the_policy_is_back_after_it_e
         anchor.get_decoder()(input_ids=row.input_ids)
     assert torch.equal(score(model, row, 1.0).logprobs, before)
     assert not torch.equal(before, score(base, row, 1.0).logprobs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_reference_of_a_loaded_adapter_is_the_base_with_it_however_the_policy_moves(checkpointing):
+    model, base = make_adapted(checkpointing=checkpointing)
+    start, anchor, row = multiplied_out(base, model), FrozenBase(model, loaded=True), make_row()
+    loaded = copy.deepcopy(model.state_dict())
+    for seed in (6, 7):  # not only after the first update
+        fill(model, seed)
+        policy, before = multiplied_out(base, model), score(model, row, 0.7).logprobs
+        mine, reference = (plain_logits(plain, GROUPS, 0.7).log_softmax(-1).detach() for plain in (policy, start))
+        scores = score(model, row, 0.7, anchor, REVERSE)
+        torch.testing.assert_close(scores.anchor_logprobs, of_tokens(reference, GROUPS), atol=1e-4, rtol=0)
+        torch.testing.assert_close(scores.distances["kl"], (mine.exp() * (mine - reference)).sum(-1), atol=1e-4, rtol=0)
+        assert scores.distances["kl"].mean() > 1e-2
+        with pytest.raises(ValueError, match="attention_plan"):
+            anchor.get_decoder()(input_ids=row.input_ids)
+        assert torch.equal(score(model, row, 0.7).logprobs, before), "the policy is back, also after an error"
+    model.load_state_dict(loaded)
+    scores = score(model, row, 0.7, anchor, REVERSE)
+    assert torch.equal(scores.anchor_logprobs, scores.logprobs)
+
+
+def test_the_reference_of_a_loaded_adapter_has_no_dropout_and_draws_nothing():
+    model, _ = make_adapted(lora=LoraConfig(r=3, alpha=6.0, dropout=0.5))
+    anchor, row = FrozenBase(model, loaded=True), make_row()
+    expected = score(model, row, 1.0).logprobs.detach()
+    with dropout_in_update(model, 3):
+        alone = score(model, row, 1.0).logprobs
+    with dropout_in_update(model, 3):
+        assert torch.equal(score(anchor, row, 1.0).logprobs, expected)
+        scores = score(model, row, 1.0, anchor)
+    assert torch.equal(scores.anchor_logprobs, expected)
+    assert torch.equal(scores.logprobs, alone) and not torch.equal(alone, expected)
+
+
+def test_a_run_from_a_saved_adapter_begins_at_no_distance_and_goes_on_bit_for_bit(saved, tiny_model_folder, tmp_path):
+    def train(name: str, last: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+        keys = [f"lora.path={saved[0]}", f"model.pretrained_model_path={tiny_model_folder}", "training.beta=1",
+                "training.entropy_coef=1", "training.learning_rate=0.01", "training.ckpt_save_interval=1",
+                "training.eval_first=false", "training.eval_interval=0",
+                "training.batch_size=4", "training.num_questions_per_batch=2", "training.max_gen_len=8",
+                "training.minibatches=1", "data.eval_size=1", f"training.max_steps={last}"]  # fmt: skip
+        run_training(tiny_config(*keys), "countdown", tmp_path / name)
+        (run,) = (tmp_path / name / "runs").iterdir()
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        kls = [row["train/kl"] for row in rows if "train/kl" in row]
+        return load_file(run / "final" / "adapter_model.safetensors"), kls
+
+    whole, kls = train("whole", 2)
+    train("parts", 1)
+    parts, kls_of_parts = train("parts", 2)
+    assert len(kls) == 2 and kls[0] == 0 and kls[1] > 1e-4
+    assert kls_of_parts == kls, "the reference of the second start is not what the checkpoint holds"
+    assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
+
+
+def test_the_distance_to_a_loaded_adapter_is_zero_until_an_optimizer_step(saved, tiny_model_folder):
+    keys = [
+        f"lora.path={saved[0]}",
+        f"model.pretrained_model_path={tiny_model_folder}",
+        "training.max_tokens_per_microbatch=99",
+    ]
+    engine = make_engine(*keys)
+    distances = []
+
+    def objective(scores, batch):
+        distances.append(scores.distances["kl"])
+        return scores.logprobs.mean(), {}
+
+    for _ in range(2):
+        engine.forward_backward(GROUPS, objective, anchor=True, distances={"kl": "reverse"})
+        engine.optim_step(0.1)
+    half = len(distances) // 2
+    before, after = torch.cat(distances[:half]), torch.cat(distances[half:])
+    assert before.abs().max() == 0 and after.mean() > 1e-3
+    # what was computed at the start is the adapter's doing, not the base's
+    plain = score(saved[1], make_row(), 1.0, FrozenBase(saved[1]), REVERSE)
+    assert plain.distances["kl"].mean() > 1e-2
 
 
 def test_a_bf16_base_keeps_its_precision_and_the_adapter_is_fp32():
@@ -253,18 +344,21 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def test_policy_and_reference_are_one_model_in_memory():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_policy_and_reference_are_one_model_in_memory(loaded):
     packed, plain = make_pair("llama")
     row = make_row()
     score(packed, row, 1.0)
     before = live_bytes()
     assert before > 2 * sum(4 * x.numel() for x in plain.parameters()), "the count must see a second model"
     model = add_adapter(packed, LORA, 0)
-    anchor = FrozenBase(model)
+    anchor = FrozenBase(model, loaded)
     scores = score(model, row, 1.0, anchor, REVERSE)
     del scores
     adapter = sum(4 * x.numel() for pair in adapter_parts(model).values() for x in pair)
-    assert live_bytes() - before == adapter
+    assert live_bytes() - before == adapter * (1 + loaded), "of a loaded adapter there is a copy, of a new one none"
+    config = tiny_config("lora.path=adapter" if loaded else "lora.r=3")
+    assert memory_plan(config, model, anchor)["reference"] == adapter * loaded
     assert anchor.get_output_embeddings() is packed.get_output_embeddings()
 
 

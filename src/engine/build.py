@@ -22,8 +22,8 @@ def check_reference_offload(config: Config) -> None:
         return
     if is_lora(config):
         raise ConfigError(
-            f"{config.source}: training.reference_offload does nothing with lora, whose reference is the base under "
-            f"the adapter and takes no memory; remove the key"
+            f"{config.source}: training.reference_offload does nothing with lora, whose reference is in the model that "
+            f"is trained and takes no more than the adapter's memory; remove the key"
         )
     if world() > 1 and config.training.parallel == "shard":
         raise ConfigError(
@@ -69,7 +69,7 @@ def load_anchor(config: Config, model, device: torch.device):
     if is_lora(config):
         from src.engine.lora import FrozenBase  # here, because only a LoRA run needs peft
 
-        return FrozenBase(model)
+        return FrozenBase(model, loaded=bool(config.lora.path))
     anchor = load_model(config, torch.device("cpu") if training.reference_offload else device).requires_grad_(False)
     if config.model.compile:  # as the policy is, so that the same weights give the same log-probs
         compile_layers(anchor)

@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021) through peft: small trained matrices beside the frozen linear layers of the decoder.
 
-The adapter begins at zero, so the policy begins as the base, and the base is still there: with the adapter switched off
-the same weights are the reference, and a run holds one model. Sampler and scoring call the adapted layers as they are;
+A new adapter begins at zero, so the policy begins as the base, and the base is still there: with the adapter switched
+off the same weights are the reference, and a run holds one model. An adapter from `lora.path` does not begin at zero,
+so of it a copy is kept: the reference is the base with that. Sampler and scoring call the adapted layers as they are;
 nothing is merged on the way, which in bf16 would make them two policies.
 Left out: DoRA, quantized bases, adapters of embeddings or the head, whole modules trained beside the adapter.
 """
@@ -110,14 +111,17 @@ def dropout_in_update(model: peft.PeftModel, seed: int):
 
 
 class FrozenBase:
-    """The reference of a LoRA run: the same model, with its adapter off while it runs. It has what scoring.py reads.
+    """The reference of a LoRA run: the same model, as the policy was at the start. It has what scoring.py reads.
 
-    The head has no adapter, so only the decoder switches. Nothing is recorded for a backward pass: checkpointing would
-    compute it again with the adapter on.
+    While it runs a new adapter is off, and one that was loaded has the weights that it had here, at the beginning. The
+    head has no adapter, so only the decoder changes. Nothing is recorded for a backward pass: checkpointing would
+    compute it again with the policy's adapter.
     """
 
-    def __init__(self, model: peft.PeftModel):
+    def __init__(self, model: peft.PeftModel, loaded: bool = False):
         self.model, self.config = model, model.config
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.copies = [(weight, weight.detach().clone()) for weight in trained] if loaded else []
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()
@@ -127,9 +131,26 @@ class FrozenBase:
 
     @torch.no_grad()
     def decode(self, **inputs):
-        """The decoder's output without the adapter."""
-        with self.model.disable_adapter():
+        """The decoder's output as it would have been at the start."""
+        with self.loaded_adapter() if self.copies else self.model.disable_adapter():
             return self.model.get_decoder()(**inputs)
+
+    @contextmanager
+    def loaded_adapter(self):
+        """Inside, the adapter is as it was loaded, without dropout; the policy's is back before a backward pass."""
+        dropout = any(module.training for name, module in self.model.named_modules() if name.endswith("lora_dropout"))
+        set_dropout(self.model, False)
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+            set_dropout(self.model, dropout)
+
+    def swap(self) -> None:
+        """The adapter's weights and the copies change places; a parameter and its gradient stay what they are."""
+        for weight, other in self.copies:
+            weight.data, other.data = other.data, weight.data
 
 
 def adapter_state(model: peft.PeftModel) -> dict[str, torch.Tensor]:

@@ -126,9 +126,11 @@ def memory_plan(config: Config, model, anchor) -> dict[str, int]:
 
 
 def reference_bytes(config: Config, model, anchor, weights: int) -> int:
-    """Of the reference on the device: nothing with LoRA; in host memory, two layers and what is not a layer."""
-    if config.lora.r or config.lora.path or anchor is None:
+    """Of the reference on the device: with LoRA of a loaded adapter; in host memory, two layers and the rest."""
+    if anchor is None or (config.lora.r and not config.lora.path):
         return 0
+    if config.lora.path:
+        return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     if not config.training.reference_offload:
         return weights
     layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in decoder_layers(model)]
