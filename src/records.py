@@ -39,6 +39,7 @@ class Episode:
     token_weight: float = 0.0  # weight of each written token in the loss: 1 / (denominator of the whole update)
     episode_weight: float = 0.0  # weight of the episode in the loss: 1 / (episodes of the whole update)
     old_logprobs: tuple[float, ...] | None = None  # of each written token, before the first of several updates
+    entropies: tuple[float, ...] | None = None  # of each written token, when the old policy was scored
 
     @property
     def length(self) -> int:

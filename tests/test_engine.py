@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_packing import of_tokens, plain_logits, with_feedback
+from transformers import AutoModelForCausalLM
 
 from src.config import ConfigError, load_config
-from src.engine import Engine
+from src.engine import Engine, distributed
 from src.engine import engine as engine_module
 from src.engine.optim import build_optimizer
 from src.engine.sampler import SlotDecoder
@@ -118,6 +120,42 @@ def test_a_second_turn_is_joined_to_the_first_and_what_was_told_is_not_trained()
     assert joined.logprobs == (-0.1, -0.2, -0.3) and joined.length == 3
     assert (joined.text, joined.reward, joined.finished) == ("second", 1.0, False)
     assert joined.then((7,), second).written == (*joined.written, False, True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_scored_episodes_have_the_entropy_of_each_written_token(processes, monkeypatch):
+    """-sum p log p over the vocabulary, of the tempered distribution, by transformers' own forward."""
+    engine = make_engine("training.temperature=0.7", "training.micro_batch_size=3")
+    sampled = engine.sample(make_problems(), 4, stream=1)
+    groups = [with_feedback(sampled[0]), *sampled[1:]]
+    assert all(episode.entropies is None for group in groups for episode in group.episodes)
+    here, sent, results = [0], [], []
+
+    def gather(mine: list) -> list:
+        sent.append(mine)
+        if len(sent) < processes:  # now the other process comes as far
+            here[0] += 1
+            results.append(engine.score(groups))
+        return sent
+
+    monkeypatch.setattr(distributed, "world", lambda: processes)
+    monkeypatch.setattr(distributed, "rank", lambda: here[0])
+    monkeypatch.setattr(distributed, "gather", gather)
+    results.append(engine.score(groups))
+    assert len(sent) == (processes if processes > 1 else 0) and results[0] == results[-1]
+
+    plain = AutoModelForCausalLM.from_pretrained(engine.config.model.pretrained_model_path, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = plain_logits(plain, groups, 0.7).log_softmax(-1)  # [N, vocab]
+    episodes = [episode for group in results[0] for episode in group.episodes]
+    assert all(len(e.entropies) == len(e.old_logprobs) == e.length < 25 for e in episodes)
+    assert any(e.length < len(e.token_ids) for e in episodes)
+    for found, expected in (
+        ([value for e in episodes for value in e.entropies], -(logprobs.exp() * logprobs).sum(-1)),
+        ([value for e in episodes for value in e.old_logprobs], of_tokens(logprobs, groups)),
+    ):
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+    assert torch.tensor([value for e in episodes for value in e.entropies]).std() > 0.1
 
 
 def test_a_resumed_run_decodes_in_as_many_slots_whatever_is_free(tmp_path, monkeypatch):

@@ -235,18 +235,20 @@ class Engine:
 
     @torch.no_grad()
     def score(self, groups: list[Group]) -> list[Group]:
-        """The groups with the current policy's log-probs as those of the old policy."""
+        """The groups with the current policy's log-probs as those of the old policy, and its entropies."""
 
-        def compute() -> list[tuple[float, ...]]:
+        def compute() -> list[dict[str, tuple[float, ...]]]:
             episodes = []
             for row, scores in self.scored(groups, False, "scoring"):
+                lengths = row.batch.lengths.tolist()  # of the episodes
+                pairs = zip(scores.logprobs.split(lengths), scores.entropy.split(lengths), strict=True)
                 if row.counts:
-                    episodes += [tuple(part.tolist()) for part in scores.logprobs.split(row.batch.lengths.tolist())]
+                    episodes += [{"old_logprobs": tuple(p.tolist()), "entropies": tuple(h.tolist())} for p, h in pairs]
             return episodes
 
         with self.timed("update"):
             rows = iter(together(lambda: in_parts_that_fit(self.model, self.limit, groups, False, compute)))
-        return [replace(g, episodes=tuple(replace(e, old_logprobs=next(rows)) for e in g.episodes)) for g in groups]
+        return [replace(g, episodes=tuple(replace(e, **next(rows)) for e in g.episodes)) for g in groups]
 
     # -- optim_step ----------------------------------------------------------------------------------------------------
 
