@@ -78,6 +78,11 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "Allow a model repository to run its own Python code.")
     gradient_checkpointing: bool = key(False, "Compute each layer again in the backward pass: less memory, more time.")
     compile: bool = key(False, "Run the layers through torch.compile in the update; sampling does without.")
+    fp32_head: bool = key(
+        False,
+        "With bf16 weights: multiply hidden states and head in fp32, in sampling, update and reference. "
+        "Not yet measured on a GPU.",
+    )
 
 
 @dataclass

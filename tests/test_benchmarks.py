@@ -1,12 +1,14 @@
-"""The benchmarks of a step and of the update run, and end with one JSON document that means what it says."""
+"""The benchmarks of a step, the update and the head run, and end with one JSON document that means what it says."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import step, update
+from benchmarks import fp32_head, step, update
+from src.records import Episode, Group, Problem
 
 SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick"]
 
@@ -31,3 +33,23 @@ def test_a_step_is_timed_without_trl_too(monkeypatch, capsys):
     result = result_of(step, monkeypatch, capsys, "--skip", "trl", "trl_allocator")
     assert set(result["median"]["ours"]) == {"rollout", "update", "step"}
     assert len(result["results"]["ours"]["seconds"]) == 2
+
+
+def test_the_benchmark_of_the_head_compares_log_probs_and_seconds(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fp32_head", "--quick"])
+    fp32_head.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["cost"]) == {"rollout", "score", "forward_backward", "step"}
+    assert all(value > 0 for times in result["median"].values() for value in times.values())
+    for found in result["mismatch"].values():
+        assert 8 <= found["tokens"] <= 128 and 0 < found["mean"] < found["max"] < 0.5
+    assert result["mismatch"]["bf16"] != result["mismatch"]["fp32_head"]
+
+
+def test_a_ratio_is_outside_from_a_fifth_more_or_less():
+    logprobs = [math.log(ratio) for ratio in (1.0, 1.19, 1.21, 0.81, 0.79)]
+    episode = Episode((1,) * 5, (0.0,) * 5, True, "", old_logprobs=tuple(logprobs))
+    found = fp32_head.mismatch([Group(Problem(0, (1,), "", {}), (episode,))])
+    assert found == pytest.approx(
+        {"tokens": 5, "mean": sum(map(abs, logprobs)) / 5, "max": -logprobs[4], "outside": 0.4}
+    )

@@ -2,7 +2,8 @@
 
 A decode step multiplies few rows with every weight, and torch brings each weight into that order anew each time, which
 takes as long as the product. Here it is done once for each wave of prompts (30 to 50 ms for 135M parameters, and as
-much memory as the weights). Layers that read the same input are multiplied at once.
+much memory as the weights). Layers that read the same input are multiplied at once. A head that multiplies in fp32
+(model.fp32_head) does so here, with a copy in fp32.
 """
 
 import platform
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from src.engine.models import Float32Head
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other on the same tensor
 
 
@@ -18,9 +21,11 @@ class Product:
     """One product for layers that read the same input: the first call computes it, the others take their part."""
 
     def __init__(self, layers: list[nn.Linear], rows: int):
-        weights = torch.cat(tuple(layer.weight for layer in layers))  # [all outputs, inputs]
+        self.wide = isinstance(layers[0], Float32Head)
+        dtype = torch.float32 if self.wide else layers[0].weight.dtype
+        weights = torch.cat(tuple(layer.weight for layer in layers)).to(dtype)  # [all outputs, inputs]
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
-        self.bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers))
+        self.bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers)).to(dtype)
         self.sizes = [layer.out_features for layer in layers]
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
@@ -28,6 +33,8 @@ class Product:
     def part(self, index: int):
         """In place of the forward of layer number `index`. Called 200 times a step: it does little else."""
         linear, weight, bias, sizes = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias, self.sizes
+        if self.wide:
+            return lambda x: linear(x.float(), weight, bias, "none", [], "")
         if len(sizes) == 1:
             return lambda x: linear(x, weight, bias, "none", [], "")
         is_last = index == len(sizes) - 1
@@ -54,7 +61,8 @@ def gathered(model) -> list[list[nn.Linear]]:
             if alike in ({(nn.Linear, True)}, {(nn.Linear, False)}):
                 groups.append(layers)
                 seen.update(layers)
-    return groups + [[module] for module in model.modules() if type(module) is nn.Linear and module not in seen]
+    single = (module for module in model.modules() if type(module) in (nn.Linear, Float32Head))
+    return groups + [[module] for module in single if module not in seen]
 
 
 def applies(model, free: float) -> bool:

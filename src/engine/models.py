@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -109,6 +111,26 @@ def from_weights(path: str, **options):
     return model
 
 
+class Float32Head(nn.Linear):
+    """A head in bf16 that multiplies in fp32. A layer becomes one by its class alone: weights and files stay theirs."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of hidden [..., hidden]."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias)
+
+
+def widen_head(model) -> None:
+    """The head multiplies in fp32 from now on, for whoever calls it."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"model.fp32_head is not possible with this model, whose head is a {type(head).__name__} and not a linear "
+            f"layer; remove the key"
+        )
+    head.__class__ = Float32Head
+
+
 def load_model(config: Config, device: torch.device, path: str | None = None):
     """The model with the packed attention, dropout off; `path` loads the weights of a checkpoint instead."""
     path = path or resolve_model_path(config.model.pretrained_model_path)
@@ -123,6 +145,8 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
         attn_implementation=ATTENTION_NAME,
         trust_remote_code=config.model.trust_remote_code,
     )
+    if config.model.fp32_head and model.dtype != torch.float32:
+        widen_head(model)
     if config.model.gradient_checkpointing:  # transformers does it in training mode only; dropout is off in any case
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.to(device).train()

@@ -112,6 +112,7 @@ def memory_plan(config: Config, model, anchor) -> dict[str, int]:
     inputs = again * shape.hidden_size * model.dtype.itemsize
     activations = tokens * (inputs + (layers - again + bool(again)) * kept)
     logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
+    wide_head = 4 * vocabulary * shape.hidden_size if config.model.fp32_head and model.dtype != torch.float32 else 0
     slots = min(training.inference_batch_size, training.batch_size)
     of_slot, of_prompt = cache_bytes(model, prompt, completion)
     cache = slots * of_slot + math.ceil(slots / group) * of_prompt
@@ -121,7 +122,7 @@ def memory_plan(config: Config, model, anchor) -> dict[str, int]:
         "gradients": sum(parameter.nbytes for parameter in trained) // ranks,
         "optimizer": int(sum(parameter.numel() for parameter in trained) * state_bytes / ranks),
         "rollout": cache + (weights if ranks > 1 else 0),
-        "update": int(activations + logits),
+        "update": int(activations + logits + 2 * wide_head),  # of its weights in fp32 and of their gradient
     }
 
 

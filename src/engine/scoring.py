@@ -1,7 +1,8 @@
 """Hidden states -> log-probs, entropy, distances over the vocabulary, with logits for one chunk of tokens at a time.
 
 The head runs chunk by chunk; when there is more than one chunk, the backward pass computes each chunk's logits again.
-Everything behind the logits is fp32; the head itself multiplies in the precision of the weights.
+Everything behind the logits is fp32; the head itself multiplies in the precision of the weights, or with
+`model.fp32_head` in fp32 (models.py).
 """
 
 from collections.abc import Callable, Mapping
