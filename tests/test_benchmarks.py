@@ -5,9 +5,10 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import fp32_head, step, update
+from benchmarks import fp32_head, ot_figure, step, update
 from src.records import Episode, Group, Problem
 
 SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick"]
@@ -53,3 +54,30 @@ def test_a_ratio_is_outside_from_a_fifth_more_or_less():
     assert found == pytest.approx(
         {"tokens": 5, "mean": sum(map(abs, logprobs)) / 5, "max": -logprobs[4], "outside": 0.4}
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and POT
+def test_the_figure_of_ot_is_what_the_notebook_draws(tmp_path, monkeypatch):
+    from matplotlib import image, pyplot
+
+    pyplot.close("all")
+    monkeypatch.setattr(ot_figure, "DOTS_PER_INCH", 50)
+    monkeypatch.setattr(pyplot, "close", lambda *_: None)  # so that it can be looked at
+    monkeypatch.setattr(sys, "argv", ["ot_figure", "--output", str(tmp_path / "plan.png")])
+    ot_figure.main()
+    axes = {axis.get_title(): axis for axis in pyplot.gcf().axes}
+    monkeypatch.undo()
+    (plan,) = axes["transport plan, share of a row's mass"].images
+    shares = np.asarray(plan.get_array())  # [tokens, tokens]
+    assert np.abs(shares.sum(1) - 1).max() < 1e-3 and len(shares) > 10, "each token's mass is transported, whole"
+    assert len(axes["KL of each place, nats"].patches) == len(shares)
+    picture = image.imread(tmp_path / "plan.png")
+    assert picture.shape[:2] == (300, 520) and picture[..., :3].std() > 0.1
+    pyplot.close("all")
+
+
+def test_a_renamed_cell_of_the_notebook_ends_the_figure(tmp_path):
+    renamed = ot_figure.NOTEBOOK.read_text(encoding="utf-8").replace("def draw(", "def paint(")
+    (tmp_path / "renamed.ipynb").write_text(renamed, encoding="utf-8")
+    with pytest.raises(SystemExit, match="0 cells define 'draw'"):
+        ot_figure.drawn_by(tmp_path / "renamed.ipynb")
