@@ -1,4 +1,4 @@
-"""The benchmarks of a step, the update and the head run, and end with one JSON document that means what it says."""
+"""The benchmarks of step, update, head and OT run, end with one JSON document, and it means what it says."""
 
 import json
 import math
@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fp32_head, ot_figure, step, update
+from benchmarks import fp32_head, ot_figure, ot_scale, step, update
 from src.records import Episode, Group, Problem
 
 SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick"]
 
 
-def result_of(module, monkeypatch, capsys, *options: str) -> dict:
+def result_of(module, monkeypatch, capsys, *options: str, smallest=SMALLEST) -> dict:
     monkeypatch.chdir(Path(__file__).parent.parent)
-    monkeypatch.setattr(sys, "argv", [module.__name__, *SMALLEST, *options])
+    monkeypatch.setattr(sys, "argv", [module.__name__, *smallest, *options])
     module.main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -54,6 +54,24 @@ def test_a_ratio_is_outside_from_a_fifth_more_or_less():
     assert found == pytest.approx(
         {"tokens": 5, "mean": sum(map(abs, logprobs)) / 5, "max": -logprobs[4], "outside": 0.4}
     )
+
+
+def test_kl_and_ot_are_zero_at_the_reference_and_grow_away_from_it(monkeypatch, capsys):
+    result = result_of(ot_scale, monkeypatch, capsys, "--quick", smallest=[])
+    noise, steps = result["rows"]["noise"], result["rows"]["steps"]
+    assert [row["noise"] for row in noise] == [0, 0.05, 0.2] and [row["steps"] for row in steps] == [0, 1]
+    for name in ("kl", "ot_w8", "ot_w16"):
+        first, near, far = (row[name] for row in noise)
+        assert abs(first) < 1e-6 and 1e-4 < near < 0.1 * far, name
+        assert abs(steps[0][name]) < 1e-6 < steps[1][name], "a step moves, and the noise starts without it"
+    assert noise[0]["raw_cost"] == steps[0]["raw_cost"] > 0.005, "undebiased it is not zero where nothing has moved"
+    assert noise[2]["beyond_w8"] > 0.9 and result["kl_where"]["steps"]["ot_w8 0.05"] is None
+
+
+def test_the_kl_where_ot_reaches_a_distance_is_read_on_a_line_of_logarithms():
+    rows = [{"kl": 0.0, "ot": 0.0}, {"kl": 0.01, "ot": 0.001}, {"kl": 0.1, "ot": 0.1}]
+    assert ot_scale.kl_where(rows, "ot", 0.01) == pytest.approx(0.01 * 10**0.5)
+    assert ot_scale.kl_where(rows, "ot", 0.2) is None and ot_scale.kl_where(rows, "ot", 1e-4) is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and POT
