@@ -321,7 +321,7 @@ def with_old_logprobs(run: Run, groups: list[Group], training: TrainingConfig) -
 
 def with_advantages_where_uncertain(groups: list[Group], share: float) -> list[Group]:
     """Wang et al. 2025 (2506.01939): of all tokens of the rollout those of highest entropy keep theirs."""
-    entropies = torch.tensor([h for g in groups for e in g.episodes for h in e.entropies or ()])  # [all]
+    entropies = torch.tensor([h for g in groups for e in g.episodes for h in e.entropies or ()], dtype=torch.float64)
     least = entropies.sort(descending=True).values[max(1, round(share * len(entropies))) - 1].item()
 
     def choose(episode: Episode) -> Episode:

@@ -31,8 +31,8 @@ def test_every_key_has_a_row_with_its_default_and_choices():
             assert written == ("(empty)" if default is None else str(default).lower()), row
     for row in (
         "`max_gen_len` | `1024` | int, at least 1 | Longest completion in tokens. |  |",
-        "`epsilon_high` | (empty) | float, at least 0 | Clip range upwards; empty: epsilon. | "
-        "`none`, `kl`, `approx_kl`, `ot`, `maxent` (clipped) |",
+        "`delta` | (empty) | float, above 1 | Upper bound of the ratio also where the advantage is negative (two-sided "
+        "clip, INTELLECT-2); empty: none. | `none`, `kl`, `approx_kl`, `kl_in_reward`, `ot`, `maxent` (clipped) |",
     ):
         assert f"\n| {row}\n" in page
     assert set(SEED_FORMAT_KEYS) <= set(tables.GRPO_MINI["training"].split())
