@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -32,8 +33,9 @@ COLUMNS = {  # metric -> its name in the table, and how it is printed
     "train/kl_k3": ("KL to the reference", "{:.3f}"),
     "train/entropy": ("entropy", "{:.3f}"),
     "maxent/weight_entropy": ("entropy of the weights", "{:.2f}"),
-    "train/groups_without_variance": ("groups without variance", "{:.0%}"),
-    "completion tokens": ("completion tokens", "{:,.0f}"),
+    "useful groups": ("useful groups", "{:.1%}"),  # of those trained on, over all steps
+    "tokens": ("tokens sampled", "{:,.0f}"),
+    "at equal tokens": ("sampled, at equal tokens", "{:.1%}"),
     "seconds a step": ("s a step", "{:.2f}"),
 }
 
@@ -65,9 +67,21 @@ def summarize(rows: list[dict]) -> dict[str, float]:
             found[name] = last[name]
         elif values:
             found[name] = mean(values)
-    found["completion tokens"] = sum(row["rollout/tokens"] for row in steps if "rollout/tokens" in row)
+    found["useful groups"] = 1 - mean(row["train/groups_without_variance"] for row in steps)
+    found["tokens"] = sum(row["rollout/tokens"] for row in steps)
     found["seconds a step"] = mean(row["time/rollout"] + row["time/update"] for row in steps)
     return found
+
+
+def accuracy_at(rows: list[dict], tokens: float) -> float:
+    """Sampled accuracy when so many tokens had been sampled, on a line between the evaluations around it."""
+    total, points = 0.0, []
+    for row in rows:
+        total += row.get("rollout/tokens", 0)
+        if "eval/pass@1" in row:
+            points.append((total, row["eval/pass@1"]))
+    (x, y), (x_next, y_next) = next(pair for pair in pairwise(points) if pair[1][0] >= tokens)
+    return y + (y_next - y) * (tokens - x) / (x_next - x)
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -151,6 +165,10 @@ def main() -> None:
         }
         curves = {label: [waiting[label, seed].result() for seed in range(arguments.seeds)] for label in runs}
     results = {label: [summarize(rows) for rows in seeds] for label, seeds in curves.items()}
+    fewest = min(run["tokens"] for runs in results.values() for run in runs)
+    for label, runs in results.items():
+        for run, rows in zip(runs, curves[label], strict=True):
+            run["at equal tokens"] = accuracy_at(rows, fewest)
     print(table(results))
     draw(curves, output / "learning.png")
     document = {

@@ -44,10 +44,10 @@ Files of GRPO-mini load unmodified. Its keys:
 
 All of its files carry {seed_keys}, so these are no error where nothing reads them.
 
-A file may name another as its `base`, beside it or by a path from it: then it gives only in what it differs. What a base
-says for all may be unread in one of them; a base has no base. `recipes/` holds one file for each published method, whose
-first line names the paper; all name `grpo.yaml`. They train the embedded model; for another give, beside its path, what
-depends on it, for Qwen2.5-0.5B for instance `--set model.pretrained_model_path=Qwen/Qwen2.5-0.5B-Instruct
+A file may name another as its `base`, beside it or by a path from it: then it gives only in what it differs. What a
+base says for all may be unread in one of them; a base has no base. `recipes/` holds one file for each published method,
+whose first line names the paper; all name `grpo.yaml`. They train the embedded model; for another give, beside its
+path, what depends on it, for Qwen2.5-0.5B for instance `--set model.pretrained_model_path=Qwen/Qwen2.5-0.5B-Instruct
 model.dtype=bfloat16 training.max_prompt_len=256 training.max_gen_len=1024 training.batch_size=256
 training.num_questions_per_batch=16 training.minibatches=1 training.learning_rate=1e-6 training.betas=[0.9,0.999]
 data.number_max=99 data.num_numbers=[3,4]`. The clip of `gspo.yaml` and the buffer of `dapo.yaml` go with the length.

@@ -17,7 +17,7 @@ def step_metrics(groups: list[Group], seconds: Mapping[str, float], sampled: flo
         metrics[f"reward/{part}"] = sum(e.reward_parts.get(part, 0.0) for e in episodes) / len(episodes)
     metrics |= {
         "rewards/errors": float(sum(episode.reward_errors for episode in episodes)),
-        "train/groups_without_variance": sum(not group.teaches() for group in groups) / len(groups),
+        "train/groups_without_variance": sum(not group.varies() for group in groups) / len(groups),
         "rollout/length": tokens / len(episodes),
         "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
     }
