@@ -211,7 +211,8 @@ def policy_loss(logprobs: Tensor, batch: Batch, training: TrainingConfig) -> tup
 
 def sampler_weights(batch: Batch, training: TrainingConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """For a sampler in lower precision: what each token [N] counts, and the share of completions that do not."""
-    weights, measured = torch.ones_like(batch.advantages), {}  # [N]
+    measured: dict[str, Tensor] = {}
+    weights = torch.ones_like(batch.advantages)  # [N]
     if batch.sampled_logprobs is None or batch.old_logprobs is None:
         return weights, measured
     log_ratio = batch.old_logprobs - batch.sampled_logprobs  # [N]

@@ -135,8 +135,8 @@ class Rewards:
             if zero_truncated and not episode.finished:
                 row = [(weight, 0.0) for weight, _ in row]
             total = sum(weight * value for weight, value in row)
-            changed = {"reward": total, "rewards": tuple(row), "reward_parts": given, "reward_errors": wrong}
-            graded.append(replace(episode, **changed))
+            earned = replace(episode, reward=total, rewards=tuple(row), reward_parts=given, reward_errors=wrong)
+            graded.append(earned)
         rest = iter(graded)
         return [replace(group, episodes=tuple(islice(rest, len(group.episodes)))) for group in groups]
 
