@@ -1,13 +1,14 @@
 """What model.fp32_head is worth and costs: log-probs of sampler and trainer with and without it, and seconds, in turn.
 
-    uv run python -m benchmarks.fp32_head --model PATH    # bf16; on a CPU about 10 minutes for 135M parameters
+    uv run python -m benchmarks.fp32_head --model PATH    # bf16; 135M parameters on a busy CPU: half an hour
     uv run python -m benchmarks.fp32_head --quick         # seconds, the embedded model: only shows that it runs
 
 Each contestant samples completions of Countdown prompts, scores its own, and computes the gradient of the exact KL to
 the reference and of the policy loss (random advantages) for the first --update_prompts groups. Numbers of tokens
 differ, so times are compared as seconds for 1000 tokens that the policy wrote. `step` is rollout and update: with
-several updates a rollout there is a scoring too. A ratio is trainer / sampler probability of a token; `outside` is the
-share of those out of 0.8 to 1.2. The last line of stdout is one JSON document.
+several updates a rollout there is a scoring too. On a machine that others use take --processor with OMP_NUM_THREADS=1:
+seconds of the processor, which waiting does not lengthen. A ratio is trainer / sampler probability of a token;
+`outside` is the share of those out of 0.8 to 1.2. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -69,12 +70,13 @@ def with_random_advantages(groups: list[Group]) -> list[Group]:
 def step_of(run: Run, options, stream: int) -> tuple[list[Group], dict[str, float]]:
     """Scored groups, and for each verb the seconds for 1000 tokens."""
     engine, training, seconds = run.engine, run.config.training, {}
+    clock = time.process_time if options.processor else time.perf_counter
     engine.begin(stream)
 
     def timed(verb: str, function: Callable[[], Any], groups: list[Group] | None = None) -> Any:
-        started = time.perf_counter()
+        started = clock()
         result = function()
-        elapsed = time.perf_counter() - started
+        elapsed = clock() - started
         tokens = sum(e.length for group in groups or result for e in group.episodes)
         seconds[verb] = 1000 * elapsed / tokens
         return result
@@ -113,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--update_prompts", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--processor", action="store_true", help="seconds of the processor, not of the clock")
     parser.add_argument("--quick", action="store_true", help="the embedded model and small sizes")
     options = parser.parse_args()
     if options.quick:
@@ -127,7 +130,7 @@ def main() -> None:
     runs = {"bf16": make_run(options, False), "fp32_head": make_run(options, True)}
     groups: dict[str, list[Group]] = {name: [] for name in runs}
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    small = argparse.Namespace(prompts=1, samples=2, update_prompts=1)
+    small = argparse.Namespace(prompts=1, samples=2, update_prompts=1, processor=False)
     for run in runs.values():  # the first call touches memory
         step_of(run, small, 0)
     for repetition in range(options.repetitions):

@@ -80,8 +80,9 @@ class ModelConfig:
     compile: bool = key(False, "Run the layers through torch.compile in the update; sampling does without.")
     fp32_head: bool = key(
         False,
-        "With bf16 weights: multiply hidden states and head in fp32, in sampling, update and reference. "
-        "Not yet measured on a GPU.",
+        "With bf16 weights: multiply hidden states and head in fp32, in sampling, update and reference. SmolLM2-135M "
+        "on a CPU: 0.14% of tokens, without 1.0%, with a trainer / sampler ratio outside 0.8 to 1.2; a step took "
+        "12% to 43% longer. Not yet measured on a GPU.",
     )
 
 
