@@ -54,6 +54,8 @@ class Episode:
             token_ids=self.token_ids + told + second.token_ids,
             logprobs=self.logprobs + second.logprobs,
             written=turns[0] + (False,) * len(told) + turns[1],
+            old_logprobs=None,  # of one turn; to be scored again
+            entropies=None,
         )
 
 
