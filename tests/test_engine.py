@@ -112,6 +112,33 @@ def test_the_learning_rates_of_parameter_groups_keep_their_ratio(monkeypatch, tm
     assert [group["lr"] for group in again.optimizer.param_groups] == pytest.approx([2e-4, 2e-3])
 
 
+@pytest.mark.parametrize("gradient, rate, expected", [(1.0, 1e-2, 1.0), (1.0, 1e-12, 0.0), (float("nan"), 1e-2, 0.0)])
+@pytest.mark.parametrize(
+    "overrides",
+    [("model.dtype=bfloat16",), ("model.dtype=bfloat16", "training.memory_efficient_adamw=true"), ("lora.r=4",)],
+)
+def test_the_share_of_weights_that_a_step_has_moved(overrides, gradient, rate, expected):
+    """Of what is trained: a base under an adapter never moves. A rate that bf16 rounds away moves nothing."""
+    engine = make_engine(*overrides)
+    for parameter in (one for one in engine.model.parameters() if one.requires_grad):
+        parameter.data[parameter.data == 0] = 1.0  # an adapter's B, where any step would show
+    engine.begin(1)
+    for parameter in (one for one in engine.model.parameters() if one.requires_grad):
+        parameter.grad = torch.full_like(parameter, gradient)
+    engine.optim_step(rate)
+    assert engine.weights_moved() == expected
+
+
+def test_the_weights_that_are_looked_at_by_hand():
+    engine = make_engine()
+    engine.begin(1)
+    sizes = [-(-parameter.numel() // 1009) for parameter in engine.model.parameters()]
+    with torch.no_grad():
+        next(engine.model.parameters()).add_(1)
+        engine.model.model.norm.weight[1:] += 1  # all but the one that is looked at
+    assert min(sizes) == 1 and engine.weights_moved() == pytest.approx(sizes[0] / sum(sizes))
+
+
 def test_a_second_turn_is_joined_to_the_first_and_what_was_told_is_not_trained():
     first = Episode((5, 6), (-0.1, -0.2), True, "first")
     second = Episode((9,), (-0.3,), False, "second", reward=1.0)

@@ -23,6 +23,7 @@ from src.engine.build import check_machine, is_lora, load_anchor, load_policy, o
 from src.engine.distributed import gather, share, together, world
 from src.engine.memory import peak_memory
 from src.engine.models import end_token_ids, load_tokenizer
+from src.engine.movement import sampled_weights, share_changed
 from src.engine.optim import MemoryEfficientAdamW
 from src.engine.packing import Pass, pack
 from src.engine.plan import Limit, in_parts_that_fit, memory_line, tell_of_rehearsal
@@ -77,6 +78,7 @@ class Engine:
         self.anchor: Any = None
         self.optimizer: Any = None
         self.eos_ids: tuple[int, ...] = ()
+        self.before = torch.empty(0)  # a sample of the weights at the start of this step
 
     def load_model(self) -> None:
         """The weights; seconds for a small model, minutes for a large one."""
@@ -93,6 +95,7 @@ class Engine:
         self.step, self.updates, self.failed, self.untouched = step, 0, 0, True
         self.seconds.clear()
         self.drawn.clear()
+        self.before = sampled_weights(self.model)
 
     @contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
@@ -268,6 +271,10 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return norm
+
+    def weights_moved(self) -> float:
+        """The share of a sample of the trained weights that this step has changed."""
+        return share_changed(self.before, sampled_weights(self.model))
 
     def move_anchor(self) -> None:
         """The anchor becomes the current policy."""

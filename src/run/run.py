@@ -101,6 +101,7 @@ class Run:
         step = self.engine.step
         self.metrics = metrics | step_metrics(groups, self.engine.seconds, metrics.get("rollout/tokens"))
         self.metrics |= {"rollout/failed_groups": self.engine.failed, "memory/peak_gib": self.engine.peak_gib()}
+        self.metrics["train/weights_moved"] = self.engine.weights_moved()
         self.bad_steps = self.bad_steps + 1 if metrics["train/skipped_updates"] else 0
         if step == 1:
             log_block(first_completions(step, groups))
