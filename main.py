@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 import sys
+from pathlib import Path
 
 from src.config import ConfigError, RunError, load_config
 from src.rl_datasets import TASKS, get_task
@@ -28,10 +29,8 @@ def positive(text: str) -> int:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Nothing heavy is imported before it and the config are known to be good."""
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file that defines the experiment")
-    parser.add_argument(
-        "--dataset_name", required=True, metavar="TASK", help=f"{', '.join(TASKS)}, or a class of data.task_file"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file that defines the experiment")
+    parser.add_argument("--dataset_name", metavar="TASK", help=f"{', '.join(TASKS)}, or a class of data.task_file")
     parser.add_argument(
         "--set",
         action="extend",
@@ -47,12 +46,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     instead.add_argument("--eval_only", action="store_true", help="evaluate the model and write a report; no training")
     instead.add_argument("--check", action="store_true", help="load config, data and model, say what will fit, stop")
     instead.add_argument("--profile", action="store_true", help="take a few steps, say where their time goes, stop")
+    instead.add_argument(
+        "--doctor", type=Path, metavar="RUN", help="say what is wrong with the run in this folder; needs nothing else"
+    )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument(
         "--log_every", type=positive, metavar="N", help="a line every N steps (default: each; on a terminal a bar)"
     )
     shown.add_argument("--quiet", action="store_true", help="show only warnings, errors and the result")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    missing = [f"--{name}" for name in ("config", "dataset_name") if getattr(given, name) is None]
+    if missing and not given.doctor:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return given
 
 
 def run_name(name: str | None) -> str:
@@ -65,6 +71,11 @@ def run_name(name: str | None) -> str:
 def main() -> int:
     arguments = parse_arguments()
     try:
+        if arguments.doctor:
+            from src.run.doctor import diagnosis  # numpy: a tenth of a second
+
+            print(visible("\n".join(diagnosis(arguments.doctor))))
+            return 0
         config = load_config(arguments.config, arguments.overrides)
         config.name = run_name(arguments.name)
         get_task(arguments.dataset_name, config.data)
@@ -86,7 +97,7 @@ def main() -> int:
                 run_training(config, arguments.dataset_name, fresh=arguments.fresh)
     except ConfigError as error:
         # what was found wrong after the file was read (device, model, data) does not say where it was written
-        file = "" if arguments.config in str(error) or str(error).startswith("--") else f"{arguments.config}: "
+        file = "" if str(error).startswith("--") or arguments.config in str(error) else f"{arguments.config}: "
         print(visible(f"error: {file}{error}"), file=sys.stderr)
         return 2
     except RunError as error:  # a full disk, weights that became NaN: the run stopped, and what is saved is good

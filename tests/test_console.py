@@ -403,21 +403,23 @@ def test_a_run_shows_its_start_its_progress_its_first_completions_and_its_result
     configure_console(quiet=True)  # so the terminal has the result alone, and training.log everything
     last = run_training(load_config(CONFIG, SMALL), "countdown", tmp_path)
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in shown] == ["before", "after", "best", "time", "memory", "model", "curves"]
+    words = ["before", "after", "best", "time", "memory", "model", "curves", "doctor"]
+    assert [line.split()[0] for line in shown] == words
     folder = tmp_path / "runs" / "config_kl_beta0.04_tiny_countdown"
     log = (folder / "training.log").read_text(encoding="utf-8").splitlines()
     lines = [line[len("2026-01-01 12:00:00 ") :] for line in log]
     assert lines[-len(shown) :] == shown
     order = ["model ", "prompt ", "folder ", "before training", "the best of the 16", "the worst of the 16",
              "step 1/2  ", "step 2/2  ", "before ", "after ", "best ", "time ", "memory ", "model ",
-             "curves "]  # fmt: skip
+             "curves ", "doctor "]  # fmt: skip
     place = -1
     for begin in order:
         place = next(i for i, line in enumerate(lines) if i > place and line.startswith(begin))
     best = max(read_rows(folder / "metrics.jsonl"), key=lambda row: row["eval/pass@1"])
     assert f"best        pass@1 {best['eval/pass@1']:.1%} at step {best['step']}" in lines
     assert f"pass@1 {last['eval/pass@1']:.1%}" in next(line for line in lines if line.startswith("after "))
-    assert lines[-2:] == [f"model       {folder / 'final'}", f"curves      tensorboard --logdir {folder.parent}"]
+    assert lines[-3:-1] == [f"model       {folder / 'final'}", f"curves      tensorboard --logdir {folder.parent}"]
+    assert lines[-1] == "doctor      2 steps are too few to judge a run by; 10 are enough for a first look"
 
     assert all(0 <= share <= 1 for _, share in reported) and max(share for _, share in reported) > 0.3
     verbs = [doing for i, (doing, _) in enumerate(reported) if i == 0 or doing != reported[i - 1][0]]

@@ -68,7 +68,9 @@ try:
 finally:
     print("imported:", *(name for name in {HEAVY!r} if name in sys.modules))
 """
-OPTIONS = "--config --dataset_name --set --name --fresh --eval_only --check --profile --log_every --quiet countdown"
+OPTIONS = (
+    "--config --dataset_name --set --name --fresh --eval_only --check --profile --doctor --log_every --quiet countdown"
+)
 REFUSED = {
     "no arguments": ((), "the following arguments are required: --config, --dataset_name; see --help"),
     "no dataset": (COMMAND[:2], "the following arguments are required: --dataset_name"),
@@ -82,6 +84,7 @@ SWITCHES = {  # what follows a good command
     "--log_every 0": "--log_every: give a whole number from 1, not '0'",
     "--log_every 2 --quiet": "--quiet: not allowed with argument --log_every",
     "--profile --check": "--check: not allowed with argument --profile",
+    "--doctor runs/x --check": "--check: not allowed with argument --doctor",
     "--name a/b": "--name a/b: use letters, digits, points, dashes and underscores",
     "--name ..": "--name ..: use letters",
     "--name=-x": "--name -x: use letters",

@@ -58,8 +58,9 @@ def read_rows(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-            rows[int(row["step"])] = rows.get(int(row["step"]), {}) | row
-        except (ValueError, KeyError, TypeError):
+            step = int(row["step"])
+            rows[step] = rows.get(step, {}) | row | {"step": step}
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return [rows[step] for step in sorted(rows)]
 
@@ -86,9 +87,14 @@ def read_runs(folder: str | Path) -> list[Run]:
     return sorted(runs, key=lambda run: run.folder.parts)
 
 
+def is_number(value) -> bool:
+    """Whether a metric is there, and finite."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def series(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric, without the steps that lack it or where it was not finite."""
-    points = [(row["step"], row[tag]) for row in run.rows if row.get(tag) is not None and math.isfinite(row[tag])]
+    points = [(row["step"], row[tag]) for row in run.rows if is_number(row.get(tag))]
     return np.array([step for step, _ in points], dtype=int), np.array([value for _, value in points], dtype=float)
 
 

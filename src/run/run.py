@@ -19,6 +19,7 @@ from src.config import Config, ConfigError, RunError, Stopped, dump_config
 from src.engine import AloneError, Engine, from_main, on_main, together
 from src.records import Group, Problem
 from src.run.console import RESULT, fact, first_completions, log_block, progress, quoted, shortened, tokens_line
+from src.run.doctor import log_diagnosis
 from src.run.hub import push_final
 from src.run.metrics import step_metrics
 from src.run.stop import StopSignal
@@ -264,6 +265,7 @@ class Run:
             "best": best,
         }
         self.telemetry.log_summary(lines, final)
+        on_main(log_diagnosis, self.folder)
         self.complete = True
         on_main(self.push)
 
