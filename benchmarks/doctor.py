@@ -142,6 +142,7 @@ def tiny(word: str) -> str:
 NONE, KL = tiny("none"), tiny("kl_beta0.04")
 OWN = f"data.task_file={PROJECT / HERE}"
 ON_POLICY = ("training.minibatches=1", "training.old_logprobs=trainer")
+SMALLER = ("training.batch_size=64", "training.num_questions_per_batch=8", "training.max_steps=16")
 HOTTER = ("training.temperature=2", "training.learning_rate=1e-3")  # at 1 the embedded model explores little
 
 
@@ -154,13 +155,14 @@ FAILING = [
     fails("no reward", OWN, task="Boxed"),
     fails("all answers right", OWN, task="Lenient"),
     fails("all answers wrong", OWN, "data.number_max=50", task="Strict"),
-    fails("updates skipped", *pays("pays_too_much"), "training.scale_rewards=none"),
+    fails("updates skipped", *pays("pays_too_much"), "training.scale_rewards=none", *SMALLER),
     fails("completions cut off", "training.max_gen_len=8"),
     fails("sampler mismatch", "training.old_logprobs=trainer", broken=True),
     fails("weights do not move", "training.learning_rate=1e-12", "model.dtype=bfloat16"),
     fails("length drifting", *pays("pays_length", 10), *HOTTER),
-    fails("reward hacking", *pays("pays_products"), *ON_POLICY, "training.learning_rate=1e-3"),
-    fails("clip fraction high", "training.inner_epochs=4", "training.learning_rate=2e-3"),
+    fails("reward hacking", *pays("pays_products"), *ON_POLICY, "training.learning_rate=1e-3", "training.max_steps=14"),
+    fails("clip fraction high", "training.inner_epochs=4", "training.learning_rate=2e-3", "training.epsilon=0.1",
+          *SMALLER),
     fails("entropy collapsed", OWN, *ON_POLICY, "training.learning_rate=2e-3", task="Ones"),
     fails("entropy exploded", *ON_POLICY, "training.learning_rate=1e-2"),
     fails("KL running away", *ON_POLICY, "training.learning_rate=3e-3"),

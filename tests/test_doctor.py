@@ -258,6 +258,10 @@ def test_a_wrong_folder_is_one_line_that_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no metrics.jsonl in it; give that of a run"):
         diagnosis(tmp_path)
     write(tmp_path / "kl_countdown")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "read_rows", lambda path: open("/proc/none"))  # noqa: SIM115
+        with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read \(No such file"):
+            diagnosis(tmp_path / "kl_countdown")
     with pytest.raises(ConfigError, match=r"there is no metrics.jsonl in it; give one in it, such as .*/kl_countdown$"):
         diagnosis(tmp_path)
 

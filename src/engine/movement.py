@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from src.engine.distributed import gather, rank, world
-from src.engine.sharding import local
+from src.engine.sharding import local, sliced
 
 EVERY = 1009  # prime, so that a column of a matrix is not met again and again
 
@@ -23,6 +23,7 @@ def sampled_weights(model) -> Tensor:
 
     One process, a replicated and a sharded model sample the same elements.
     """
+    sliced(model)  # an evaluation may have left weights whole
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pieces = [local(one).detach().reshape(-1)[-first_element(one) % EVERY :: EVERY].float() for one in trained]
     return torch.cat(pieces)

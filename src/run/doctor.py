@@ -58,7 +58,10 @@ def diagnosis(folder: Path) -> list[str]:
         inside = sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))
         advice = f"give one in it, such as {inside[-1]}" if inside else "give that of a run, such as runs/NAME"
         raise ConfigError(f"--doctor {folder}: there is no metrics.jsonl in it; {advice}")
-    verdict = examine_folder(folder)
+    try:
+        verdict = examine_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"--doctor {folder}: metrics.jsonl cannot be read ({error.strerror}); check it") from error
     unjudged = f"not judged, as their metrics are not there: {', '.join(verdict.unjudged)}"
     return verdict.lines() + [unjudged] * (len(verdict.unjudged) > 0 and verdict.steps >= MIN_STEPS)
 
