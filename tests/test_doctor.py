@@ -97,7 +97,7 @@ BY_HAND = {
     "all rewards equal": (
         {"train/groups_without_variance": lambda step: 1.0, "reward/answer": None},
         {"train/groups_without_variance": lambda step: 0.5, "reward/answer": None},
-        ("in 100% of the groups", "data.path"),
+        ("in 100% of the groups", "training.temperature"),
     ),
     "no gradient": (
         {"train/grad_norm": lambda step: 0.5 * (step > 11)},

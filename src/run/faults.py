@@ -148,10 +148,10 @@ def all_wrong(run: Run) -> str | None:
 
 @detector(
     "all rewards equal", "train/groups_without_variance",
-    advice="completions of different scores for each prompt in data.path",
+    advice="harder or easier problems, a reward that tells completions apart, or a higher training.temperature",
 )  # fmt: skip
 def all_equal(run: Run) -> str | None:
-    """Where nothing is known of answers: completions of a file."""
+    """Where nothing is known of answers."""
     return flat_groups(run, right=None)
 
 
