@@ -78,7 +78,6 @@ class Engine:
         self.anchor: Any = None
         self.optimizer: Any = None
         self.eos_ids: tuple[int, ...] = ()
-        self.before = torch.empty(0)  # a sample of the weights at the start of this step
 
     def load_model(self) -> None:
         """The weights; seconds for a small model, minutes for a large one."""
@@ -93,9 +92,8 @@ class Engine:
     def begin(self, step: int) -> None:
         """Step number `step` begins; its random numbers are its own, and until an optimizer step it can be given up."""
         self.step, self.updates, self.failed, self.untouched = step, 0, 0, True
-        self.seconds.clear()
-        self.drawn.clear()
-        self.before = sampled_weights(self.model)
+        self.seconds, self.drawn = defaultdict(float), Counter()
+        self.before = sampled_weights(self.model)  # to see at its end what has moved
 
     @contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
