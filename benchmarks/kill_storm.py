@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from src.config import dump_config, load_config
 from src.run.checkpoint import list_checkpoints, step_of
 from src.run.reading import read_rows
 
@@ -47,7 +48,7 @@ PROCESSES.set_forkserver_preload(["main", "src.commands", "src.train_grpo"])
 
 def write_config(folder: Path, steps: int) -> Path:
     """The tiny config, smaller still, with a checkpoint every step."""
-    config = yaml.safe_load(BASE.read_text(encoding="utf-8"))
+    config = yaml.safe_load(dump_config(load_config(BASE)))
     path = str(PROJECT / config["model"]["pretrained_model_path"])
     config["model"] |= {"device": "cpu", "pretrained_model_path": path}
     for section, values in SMALL.items():

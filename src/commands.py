@@ -54,8 +54,10 @@ def run_profile(config: Config, dataset_name: str) -> None:
     run = prepare(config, dataset_name, fresh=True)
     run.describe()
     run.config.training = replace(config.training, learning_rate=0.0)  # so every step samples the same tokens
+    at_first = dict(run.state)
 
     def take_step() -> int:
+        run.state = dict(at_first)  # and draws the same prompts
         run.engine.begin(1)
         _, groups = train_step(run, 1)
         return sum(episode.length for group in groups for episode in group.episodes)

@@ -139,11 +139,11 @@ class Controllers:
     def __post_init__(self) -> None:
         self.tau, self.beta, self.entropy_coef = self.training.tau, self.training.beta, self.training.entropy_coef
 
-    def live(self) -> TrainingConfig:
+    def live(self, training: TrainingConfig) -> TrainingConfig:
         """The config with the live values. The bonus acts only where the entropy was below its target."""
-        target, before = self.training.entropy_target, self.entropy_before
+        target, before = training.entropy_target, self.entropy_before
         rests = target is not None and before is not None and before > target
-        return replace(self.training, tau=self.tau, beta=self.beta, entropy_coef=0.0 if rests else self.entropy_coef)
+        return replace(training, tau=self.tau, beta=self.beta, entropy_coef=0.0 if rests else self.entropy_coef)
 
     def steer(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
         """Move all by what the step has measured; returns their values, where the loss reads them."""

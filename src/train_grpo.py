@@ -285,7 +285,7 @@ def wanted(training: TrainingConfig, anchor: bool) -> dict:
 def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     """Optimizer steps on one rollout; returns means over all of its tokens."""
     controllers = run.state["controllers"]
-    training = controllers.live()
+    training = controllers.live(run.config.training)
     updates = training.minibatches * training.inner_epochs
     active = [PENALTIES[name] for name, weight in training.penalties().items() if weight > 0]
     pulls = any(penalty.needs_anchor for penalty in active)  # else the distance is only measured, now and then

@@ -293,21 +293,22 @@ def test_controllers_without_target_or_measurement_stay():
 
 def test_the_entropy_bonus_grows_below_its_target_shrinks_above_and_then_rests():
     """A step of 0.005 (TRL); a measurement that is not finite moves nothing, and the state survives."""
-    controllers = Controllers(TrainingConfig(entropy_target=0.5, entropy_coef=0.01))
-    assert controllers.live().entropy_coef == 0.01
+    training = TrainingConfig(entropy_target=0.5, entropy_coef=0.01)
+    controllers = Controllers(training)
+    assert controllers.live(training).entropy_coef == 0.01
     weights = [controllers.steer({"train/entropy": entropy}, 1)["train/entropy_coef"] for entropy in (0.4, 0.5, NAN)]
-    assert weights == pytest.approx([0.015, 0.02, 0.02]) and controllers.live().entropy_coef == pytest.approx(0.02)
+    assert weights == pytest.approx([0.015, 0.02, 0.02]) and controllers.live(training).entropy_coef == pytest.approx(0.02)
     for _ in range(2):
         controllers.steer({"train/entropy": 0.6}, 2)
-    assert controllers.entropy_coef == pytest.approx(0.01) and controllers.live().entropy_coef == 0
+    assert controllers.entropy_coef == pytest.approx(0.01) and controllers.live(training).entropy_coef == 0
     again = Controllers(controllers.training)
     again.load_state_dict(controllers.state_dict())
-    assert (again.entropy_coef, again.live().entropy_coef) == (controllers.entropy_coef, 0)
+    assert (again.entropy_coef, again.live(training).entropy_coef) == (controllers.entropy_coef, 0)
     for _ in range(9):
         controllers.steer({"train/entropy": 0.6}, 3)
     assert controllers.entropy_coef == 0
     off = Controllers(TrainingConfig(entropy_coef=0.3))
-    assert "train/entropy_coef" not in off.steer({"train/entropy": 9.0}, 1) and off.live().entropy_coef == 0.3
+    assert "train/entropy_coef" not in off.steer({"train/entropy": 9.0}, 1) and off.live(off.training).entropy_coef == 0.3
 
 
 def simulate_tau(controllers: Controllers, steps, first_step=0):

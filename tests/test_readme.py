@@ -173,9 +173,9 @@ def test_the_loop_calls_what_there_is():
 FIRST = "pip install uv && uv run main.py --config configs/recipes/grpo.yaml --dataset_name countdown"
 
 
-@executes(FIRST, "python main.py", "--dataset_name", "--eval_only", "--check", "--fresh", "--name NAME", "--profile",
+@executes(FIRST, "python main.py", "python main.py --doctor runs/NAME", "--dataset_name", "--eval_only", "--check", "--fresh", "--name NAME", "--profile",
           "--set model.pretrained_model_path=runs/.../final")  # fmt: skip
-def test_the_first_command_and_its_switches(run, tmp_path, capsys):
+def test_the_first_command_and_its_switches(run, tmp_path, capsys, monkeypatch):
     short = [*SHORT, "training.max_steps=2", "training.learning_rate=1e-4"]
     assert run(f"{FIRST} --check", *short) == 0
     shown = capsys.readouterr().out
@@ -199,6 +199,9 @@ def test_the_first_command_and_its_switches(run, tmp_path, capsys):
     assert (folder.parent / f"{folder.name}.1" / "final").is_dir() and (folder / "final").is_dir()
     assert run(f"{FIRST} --name NAME", *short, "training.max_steps=1", NOT_FIRST) == 0
     assert (folder.parent / "NAME_countdown" / "final").is_dir()
+    monkeypatch.setattr(sys, "argv", ["main.py", "--doctor", "runs/NAME_countdown"])
+    capsys.readouterr()
+    assert main.main() == 0 and "1 steps are too few to judge a run by" in capsys.readouterr().out
 
 
 @executes("pip install uv && uv run pytest", "python -m pytest", "pip install -r requirements.txt")
@@ -253,6 +256,8 @@ BENCHMARKS = {  # what makes them short; of those that have no form of a few sec
     "python -m benchmarks.rollout --repetitions 5 --skip generate_batch": "--shape tiny --quick --lengths fixed",
     "python -m benchmarks.optimizer": None,
     "python -m benchmarks.kill_storm": None,
+    "python -m benchmarks.doctor": None,
+    "python -m benchmarks.fp32_head --model PATH": None,
 }
 
 
