@@ -340,7 +340,7 @@ class TrainingConfig:
     q_temperature: float = key(
         1.0,
         "Temperature of the listwise target softmax(reward / this). In maxent rewards then act at a temperature of "
-        "this times (tau + beta).",
+        "this times (tau + beta): with rewards of 0 and 1 tau is a knob where that is 0.2 to 2, so at 4 or so.",
         above=0,
     )
     q_epsilon: float = key(0.01, "Share of the uniform distribution in the listwise target.", minimum=0, maximum=1)

@@ -1,6 +1,8 @@
 """src/maxent.py: the closed form against optimisers and hand-worked numbers, the controllers in simulated loops."""
 
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from src.config import TrainingConfig
+from src.config import TrainingConfig, load_config
 from src.maxent import (
     BETA_RANGE,
     TAU_RANGE,
@@ -24,6 +26,7 @@ from src.maxent import (
     weight_entropy_gradients,
 )
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 NAN, INF = math.nan, math.inf
 cases = pytest.mark.parametrize
 
@@ -297,7 +300,8 @@ def test_the_entropy_bonus_grows_below_its_target_shrinks_above_and_then_rests()
     controllers = Controllers(training)
     assert controllers.live(training).entropy_coef == 0.01
     weights = [controllers.steer({"train/entropy": entropy}, 1)["train/entropy_coef"] for entropy in (0.4, 0.5, NAN)]
-    assert weights == pytest.approx([0.015, 0.02, 0.02]) and controllers.live(training).entropy_coef == pytest.approx(0.02)
+    assert weights == pytest.approx([0.015, 0.02, 0.02])
+    assert controllers.live(training).entropy_coef == pytest.approx(0.02)
     for _ in range(2):
         controllers.steer({"train/entropy": 0.6}, 2)
     assert controllers.entropy_coef == pytest.approx(0.01) and controllers.live(training).entropy_coef == 0
@@ -308,7 +312,8 @@ def test_the_entropy_bonus_grows_below_its_target_shrinks_above_and_then_rests()
         controllers.steer({"train/entropy": 0.6}, 3)
     assert controllers.entropy_coef == 0
     off = Controllers(TrainingConfig(entropy_coef=0.3))
-    assert "train/entropy_coef" not in off.steer({"train/entropy": 9.0}, 1) and off.live(off.training).entropy_coef == 0.3
+    assert "train/entropy_coef" not in off.steer({"train/entropy": 9.0}, 1)
+    assert off.live(off.training).entropy_coef == 0.3
 
 
 def simulate_tau(controllers: Controllers, steps, first_step=0):
@@ -419,3 +424,13 @@ def test_tau_is_a_knob_at_the_default_temperature(rewards):
     # right, but without the format: not pushed down like a wrong one
     if 1.1 in rewards:
         assert weights[2][2] > 1 / 8 > weights[2][3]
+
+
+@pytest.mark.parametrize("file", ["recipes/maxent_grpo.yaml", "configs_0.5b/config_maxent_tau0.1_beta0.04_0.5b.yaml"])
+def test_as_shipped_each_tau_is_another_place(file):
+    """The entropy of the weights, averaged over groups of 1 to 7 right answers of 8, differs by 0.2 nats and more."""
+    training = load_config(CONFIGS / file).training
+    rewards = torch.tensor([[1.1] * right + [0.1] * (8 - right) for right in range(1, 8)])
+    q = listwise_target(rewards, training.q_temperature, training.q_epsilon)
+    found = [entropy(maxent_weights(q, torch.zeros(7, 8), tau, 0.04)).mean() for tau in (0.01, 0.05, 0.1, 0.5)]
+    assert all(after - before > 0.2 for before, after in pairwise(found)) and found[-1] < 2.075

@@ -173,8 +173,8 @@ def test_the_loop_calls_what_there_is():
 FIRST = "pip install uv && uv run main.py --config configs/recipes/grpo.yaml --dataset_name countdown"
 
 
-@executes(FIRST, "python main.py", "python main.py --doctor runs/NAME", "--dataset_name", "--eval_only", "--check", "--fresh", "--name NAME", "--profile",
-          "--set model.pretrained_model_path=runs/.../final")  # fmt: skip
+@executes(FIRST, "python main.py", "python main.py --doctor runs/NAME", "--dataset_name", "--eval_only", "--check",
+          "--fresh", "--name NAME", "--profile", "--set model.pretrained_model_path=runs/.../final")  # fmt: skip
 def test_the_first_command_and_its_switches(run, tmp_path, capsys, monkeypatch):
     short = [*SHORT, "training.max_steps=2", "training.learning_rate=1e-4"]
     assert run(f"{FIRST} --check", *short) == 0

@@ -175,7 +175,7 @@ def maxent_grpo() -> Tensor:
     _, new, _, anchor = PROBLEM
     total, tau, beta = 0.0, 0.05, 0.04
     for row, rewards in zip(by_completion(new, anchor), REWARDS, strict=True):
-        q = 0.99 * torch.tensor(rewards, dtype=torch.float64).softmax(0) + 0.01 / 4
+        q = 0.99 * (torch.tensor(rewards, dtype=torch.float64) / 4).softmax(0) + 0.01 / 4
         reference = torch.stack([a.mean() for _, a in row])
         weights = ((q.log() + beta * reference) / (tau + beta)).softmax(0)
         total = total - sum((w - 0.25) * n.mean() for w, (n, _) in zip(weights, row, strict=True))
