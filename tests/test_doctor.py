@@ -309,3 +309,10 @@ def test_the_benchmark_takes_as_many_runs_of_either_kind_as_it_says_and_each_fau
     assert {*BY_HAND} - set(faults) == {"all rewards equal", "no gradient", "endings lost"}
     row = {"run": "a", "made": "x", "named": ["x", "y"], "evidence": "1 | 2; try: z"}
     assert benchmark.table([row]).splitlines()[2] == "| a | x | x, y | 1 \\| 2 |"
+
+
+def test_gspo_clips_many_tokens_by_design(tmp_path):
+    folder = write(tmp_path / "run", {"train/clip_fraction": flat(0.3)})
+    assert diagnosis(folder)[0].startswith("clip fraction high: ")
+    (folder / "config.yaml").write_text("training: {importance_sampling_level: sequence}")
+    assert diagnosis(folder) == [f"nothing wrong was found in {STEPS} steps"]

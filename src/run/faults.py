@@ -241,8 +241,9 @@ CLIPPED = 0.1  # of the tokens: ours have 0.001, and 0.02 with 4 epochs at 5e-4;
     "training.epsilon_high",
 )  # fmt: skip
 def clip_fraction_high(run: Run) -> str | None:
+    """Of single tokens: GSPO clips whole sequences at a thousandth of the range, and many of them by design."""
     steps, clipped = series(run, "train/clip_fraction")
-    if clipped.mean() <= CLIPPED:
+    if clipped.mean() <= CLIPPED or run.options.get("training.importance_sampling_level") == "sequence":
         return None
     return (
         f"the clip binds for {clipped.mean():.0%} of the tokens on average, {clipped.max():.0%} at step "
