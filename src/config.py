@@ -157,7 +157,9 @@ class TrainingConfig:
     """The loop: sizes of a step, sampling, the objective, the optimizer, and when to save and evaluate."""
 
     random_seed: int = key(1337, "Seed of sampling and of the order of the problems.", minimum=0)
-    max_steps: int | None = key(None, "Steps of the run; empty: one pass over the training problems.", minimum=1)
+    max_steps: int | None = key(
+        None, "Steps of the run; empty: as many as one pass over the training problems takes.", minimum=1
+    )
     batch_size: int = key(256, "Completions a step.", minimum=2)
     num_questions_per_batch: int = key(
         0, "Prompts a step; a group is batch_size / num_questions_per_batch. 0: groups of 8.", minimum=0
@@ -252,8 +254,8 @@ class TrainingConfig:
     scale_rewards: str = key(
         "group",
         "Advantages are divided by the standard deviation of the group or of the batch, or not at all (Dr. GRPO), or "
-        "by the mean of the group (MaxRL, 2602.02710). `parts`: the task's reward and each reward function are "
-        "normalised one by one in the group, then their weighted sum over the batch (GDPO, 2601.05242).",
+        "by the mean of the group (MaxRL, 2602.02710; rewards must not be negative). `parts`: the task's reward and "
+        "each reward function are normalised one by one in the group, then their weighted sum over the batch (GDPO, 2601.05242).",
         choices=("group", "batch", "none", "mean", "parts"),
     )
     overlong_buffer: int = key(
@@ -289,8 +291,8 @@ class TrainingConfig:
     entropy_coef: float = key(0.0, "Weight of the entropy bonus (exact entropy).", minimum=0)
     entropy_target: float | None = key(
         None,
-        "Entropy in nats a token below which the bonus acts, and its weight grows by 0.005 a step from entropy_coef; "
-        "above it shrinks (Skywork-OR1, 2505.22312); empty: off.",
+        "Entropy in nats a token of the step before, below which the bonus acts, and its weight grows by 0.005 a step "
+        "from entropy_coef; above it shrinks (Skywork-OR1, 2505.22312); empty: off.",
         minimum=0,
     )
     old_logprobs: str = key(
@@ -607,11 +609,28 @@ def check_loss_type(training: TrainingConfig, source: str) -> None:
 def check_method(training: TrainingConfig, source: str) -> None:
     """Combinations of the method's keys that mean nothing."""
     several = training.minibatches * training.inner_epochs > 1
+    in_reward, sequences = "kl_in_reward" in training.penalties(), training.importance_sampling_level == "sequence"
+    corrects = "mismatch_mask" if training.mismatch_mask is not None else "importance_cap"
     for wrong, sentence in (
         (
             training.baseline == "batch" and training.dynamic_sampling > 0,
             "dynamic_sampling replaces groups that teach nothing, and against baseline: batch every group teaches; "
             "use baseline: mean or leave_one_out",
+        ),
+        (
+            training.baseline == "batch" and training.scale_rewards not in ("batch", "none"),
+            f"baseline: batch compares with the whole batch, and scale_rewards: {training.scale_rewards} is of a "
+            f"group; use scale_rewards: batch or none",
+        ),
+        (
+            training.scale_rewards == "parts" and training.dynamic_sampling > 0,
+            "dynamic_sampling replaces groups whose sums of rewards are equal, and scale_rewards: parts learns from "
+            "their parts; remove one of the two keys",
+        ),
+        (
+            training.scale_rewards == "mean" and training.overlong_buffer > 0,
+            "scale_rewards: mean divides by a mean reward, and overlong_buffer makes rewards negative; remove one of "
+            "the two keys",
         ),
         (
             training.baseline != "mean" and training.scale_rewards == "parts",
@@ -628,17 +647,25 @@ def check_method(training: TrainingConfig, source: str) -> None:
             f"a fifth of it is usual",
         ),
         (
-            "kl_in_reward" in training.penalties() and training.anchor == "rollout",
-            "kl_in_reward with anchor: rollout compares the policy that sampled with itself; use anchor: reference",
+            in_reward and (training.anchor == "rollout" or training.reference_sync_steps == 1),
+            "kl_in_reward with anchor: rollout or reference_sync_steps: 1 compares the policy that sampled with "
+            "itself; use anchor: reference, and reference_sync_steps: 0 or above 1",
         ),
         (
-            "kl_in_reward" in training.penalties() and not training.has_policy_term(),
+            in_reward and not training.has_policy_term(),
             "kl_in_reward changes advantages, which maxent and listwise_kl do not read; remove it, or use kl",
         ),
         (
-            training.mismatch_mask is not None and several and training.old_logprobs == "sampler",
-            "mismatch_mask compares the trainer's log-probs with the sampler's, and old_logprobs: sampler takes one "
-            "for the other; use old_logprobs: trainer",
+            sequences and (in_reward or training.top_entropy_quantile < 1),
+            f"{'loss_type: kl_in_reward' if in_reward else 'top_entropy_quantile'} gives each token an advantage of "
+            f"its own, and importance_sampling_level: sequence weighs completions as one; use token",
+        ),
+        (
+            (training.mismatch_mask or training.importance_cap) is not None
+            and several
+            and training.old_logprobs == "sampler",
+            f"{corrects} compares the trainer's log-probs with the sampler's, and old_logprobs: sampler takes one "
+            f"for the other; use old_logprobs: trainer",
         ),
     ):
         if wrong:

@@ -119,9 +119,10 @@ def approximate_kl(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict
 
 @penalty("kl_in_reward", of_reward=True, reads=("beta_kl_target",))
 def kl_in_reward(scores: Scores, batch: Batch, training) -> tuple[Tensor, dict]:
-    """The k1 of each sampled token, whose share in the policy gradient is on average that of the exact reverse KL.
+    """The k1 of each sampled token; in the first update the gradient is on average that of the exact reverse KL there.
 
-    "A Comedy of Estimators" (2512.21852): of the sampled estimates this one, in the reward, is without bias.
+    That is of the KL at each position, what stands before it held fixed, as `kl` has it. "A Comedy of Estimators"
+    (2512.21852) is about the KL of whole completions, whose estimate without bias is the sum of k1 in the reward.
     """
     assert scores.anchor_logprobs is not None and batch.old_logprobs is not None
     return (batch.old_logprobs - scores.anchor_logprobs).detach(), {}

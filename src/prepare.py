@@ -67,6 +67,7 @@ def check_task(config: Config, task) -> None:
         ("dynamic_sampling", training.dynamic_sampling > 0),
         ("retire_solved", training.retire_solved is not None),
         ("curriculum", training.curriculum),
+        ("loss_type: kl_in_reward", "kl_in_reward" in training.penalties()),
         ("scale_rewards", training.scale_rewards == "parts"),
     ):
         if wrong:

@@ -71,7 +71,7 @@ class Group:
         return len(self.problem.prompt_ids) + sum(len(episode.token_ids) for episode in self.episodes)
 
     def varies(self) -> bool:
-        """Whether its rewards differ by more than 1e-4 of the largest (and of rounding): else it teaches nothing."""
+        """Whether its rewards differ by more than 1e-4 of the largest (and of rounding)."""
         rewards = [episode.reward for episode in self.episodes]
         return max(rewards) - min(rewards) > max(1e-4 * max(map(abs, rewards)), 1e-12)
 

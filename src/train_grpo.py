@@ -32,11 +32,15 @@ def rollout(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
     training, size, state = run.config.training, run.config.training.num_questions_per_batch, run.state
     state.setdefault("cursor", (step - 1) * size)
     groups: list[Group] = []
-    useful: list[bool] = []
+    useful: list[bool] = []  # before the length penalty: it makes wrong answers differ too
+    drawn: set[int] = set()  # in this step, by index
     for _ in range(1 + training.dynamic_sampling):
-        problems = next_problems(run, size - sum(useful))
-        more = with_length_penalty(run.sample(problems, training.batch_size // size, stream=step), training)
-        groups, useful = groups + more, useful + [group.varies() for group in more]
+        problems = next_problems(run, size - sum(useful), drawn)
+        if not problems:
+            break
+        helping = run.sample(problems, training.batch_size // size, stream=step)
+        groups, useful = groups + helping, useful + [group.varies() for group in helping]
+        drawn |= {problem.index for problem in problems}
         if sum(useful) >= size:
             break
     if training.retire_solved is not None or training.curriculum:
@@ -50,32 +54,35 @@ def rollout(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
     }
     if training.dynamic_sampling > 0:
         groups = sorted(groups, key=Group.varies, reverse=True)[:size]
-    return groups, metrics
+    return with_length_penalty(groups, training), metrics
 
 
-def next_problems(run: Run, count: int) -> list[Problem]:
+def next_problems(run: Run, count: int, drawn: set[int] | frozenset[int] = frozenset()) -> list[Problem]:
     """The next prompts, from where the cursor in run.state stands; each epoch is a new shuffle.
 
-    Passed over are solved ones (retire_solved) and, by chance, what is nearly always right or wrong (curriculum).
+    Passed over are those `drawn` in this step, solved ones (retire_solved) and, by chance, what is nearly always right
+    or wrong (curriculum).
     """
     training, problems, state = run.config.training, run.train_problems, run.state
     accuracy, limit = state.get("accuracy", {}), training.retire_solved or math.inf
     state.setdefault("cursor", 0)
-    left = len(problems) - sum(known >= limit for known in accuracy.values())
-    if left < count:
+    left = sum(accuracy.get(problem.index, -1.0) < limit and problem.index not in drawn for problem in problems)
+    if left < count and not drawn:
         raise RunError(
             f"only {left} of {len(problems)} training problems have an accuracy below training.retire_solved "
-            f"({limit}), and {count} are wanted: raise it, give more or harder problems, or let the run end here"
+            f"({limit}), and {count} are wanted: raise it, give more or harder problems, or lower training.max_steps "
+            f"to {run.done}, to finish here"
         )
     found: list[Problem] = []
-    while len(found) < count:
+    while len(found) < min(count, left):
         epoch, place = divmod(state["cursor"], len(problems))
         problem = problems[order_of_epoch(training.random_seed, epoch, len(problems))[place]]
         known = accuracy.get(problem.index)
         chance = 1.0 if known is None or not training.curriculum else max(0.1, 4 * known * (1 - known))
-        comes = random.Random(f"turn {training.random_seed} {state['cursor']}").random() < chance
+        turn = random.Random(f"turn {training.random_seed} {state['cursor']}").random()
         state["cursor"] += 1
-        if comes and (known is None or known < limit) and problem not in found:
+        solved_already = known is not None and known >= limit
+        if turn < chance and not solved_already and problem.index not in drawn and problem not in found:
             found.append(problem)
     return found
 
@@ -114,15 +121,15 @@ def with_advantages(groups: list[Group], training: TrainingConfig, task=None) ->
     DeepSeekMath (Shao et al. 2024), section 4.1.2, and the switches of RLOO, Dr. GRPO, MaxRL and GDPO. The deviation is
     that of the group itself; an estimate for the population (TRL) is larger, by 1.07 at 8 completions, by 1.41 at 2.
     """
-    rewards = [torch.tensor([e.reward for e in group.episodes], dtype=torch.float64) for group in groups]  # [G] each
+    scores = [torch.tensor([e.reward for e in group.episodes], dtype=torch.float64) for group in groups]  # [G] each
     if training.scale_rewards == "parts":
-        rewards = [normalized_parts(group) for group in groups]
-    batch = torch.cat(rewards) if rewards else torch.zeros(0)  # [all]
+        scores = [normalized_parts(group) for group in groups]
+    batch = torch.cat(scores)  # [all]
     scales = torch.ones(len(groups))
     if training.seed_grpo_alpha > 0:
         scales = uncertainty_scale(groups, training.seed_grpo_alpha, task)  # [groups]
     finished = []
-    for group, row, scale in zip(groups, rewards, scales.tolist(), strict=True):
+    for group, row, scale in zip(groups, scores, scales.tolist(), strict=True):
         advantages = torch.zeros_like(row)  # [G]
         if has_variance((batch if training.baseline == "batch" else row)[None]):
             others = (row.sum() - row) / max(1, len(row) - 1)  # [G] the mean of the others
@@ -134,7 +141,7 @@ def with_advantages(groups: list[Group], training: TrainingConfig, task=None) ->
 
 
 def divisor(row: Tensor, batch: Tensor, scale_rewards: str) -> Tensor | float:
-    """What advantages are divided by; infinite, where rewards of a mean of 0 have no scale."""
+    """What advantages are divided by; infinite, where nothing varies, or a mean of 0 or less is no scale."""
     if scale_rewards == "none":
         return 1.0
     if scale_rewards == "mean":  # MaxRL (2602.02710): for rewards of 0 and 1 the pass rate
@@ -154,7 +161,7 @@ def normalized_parts(group: Group) -> Tensor:
 def uncertainty_scale(groups: list[Group], alpha: float, task) -> Tensor:
     """SEED-GRPO (Chen et al. 2025): prompts whose answers disagree move the policy less; clusters are equal answers.
 
-    A completion without an answer agrees with no other.
+    The form 1 / (1 + alpha x) on mean log-probs is that of MaxEnt-GRPO's package. No answer agrees with no other.
     """
     texts = [[e.text for e in group.episodes] for group in groups]
     answers = [[answer or (index,) for index, answer in enumerate(answers_of(task, row))] for row in texts]
@@ -231,7 +238,8 @@ def objective(training: TrainingConfig, scores: Scores, batch: Batch) -> tuple[T
     """
     if batch.old_logprobs is None:  # the only update of this rollout: the old policy is this one, its ratio exactly 1
         batch = replace(batch, old_logprobs=scores.logprobs.detach())
-    penalties, measured, parts = dict(training.penalties()), measurements(scores, batch), {}
+    penalties = {name: weight for name, weight in training.penalties().items() if weight > 0}
+    measured, parts = measurements(scores, batch), {}
     if training.maxent_clipped and "maxent" in penalties:  # its weights take the place of advantages
         shares, found = maxent_shares(scores, batch, training)  # [E]
         batch = replace(batch, advantages=penalties.pop("maxent") * shares[batch.episode_index])
@@ -248,10 +256,9 @@ def objective(training: TrainingConfig, scores: Scores, batch: Batch) -> tuple[T
             surrogate = batch.spread(batch.episode_mean(surrogate))
         parts["train/policy_loss"] = batch.mean(surrogate)
     for name, weight in penalties.items():
-        if weight > 0 and (scores.anchor_logprobs is not None or not PENALTIES[name].needs_anchor):
-            value, found = PENALTIES[name](scores, batch, training)  # [N]
-            parts[f"penalty/{name}"] = weight * batch.mean(value)
-            measured |= found
+        value, found = PENALTIES[name](scores, batch, training)  # [N]
+        parts[f"penalty/{name}"] = weight * batch.mean(value)
+        measured |= found
     if training.entropy_coef > 0:
         parts["train/entropy_bonus"] = -training.entropy_coef * batch.mean(scores.entropy)
     loss = sum(parts.values(), torch.zeros((), device=scores.logprobs.device))
@@ -290,16 +297,21 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     active = [PENALTIES[name] for name, weight in training.penalties().items() if weight > 0]
     pulls = any(penalty.needs_anchor for penalty in active)  # else the distance is only measured, now and then
     want = wanted(training, pulls or run.evaluates_at(step))
-    # where nothing else has a gradient, a group without an advantage has none
+    # where nothing else has a gradient, a group that teaches nothing has none; objectives read rewards by themselves
     only_advantages = not pulls and training.entropy_coef == 0 and all(p.is_objective for p in active)
-    if updates > 1 or training.top_entropy_quantile < 1:
-        groups = with_old_logprobs(run, groups, training)
+    teaches = Group.varies if any(p.is_objective for p in active) else Group.teaches
+    if training.top_entropy_quantile < 1 or (updates > 1 and training.old_logprobs == "trainer"):
+        groups = run.engine.score(groups)
+    if training.top_entropy_quantile < 1:
+        groups = with_advantages_where_uncertain(groups, training.top_entropy_quantile)
+    if updates > 1 and training.old_logprobs == "sampler":
+        groups = with_sampled_logprobs(groups)
     rate = learning_rate_at(step, run.max_steps, training)
     measured, norms = Measured(), []
     for index in range(updates):
         part = with_loss_weights(groups[index % training.minibatches :: training.minibatches], training)
-        teaching = [group for group in part if group.teaches() or not only_advantages]
-        idle = [group for group in part if not group.teaches() and only_advantages]
+        teaching = [group for group in part if teaches(group) or not only_advantages]
+        idle = [group for group in part if only_advantages and not teaches(group)]
         found = run.engine.forward_backward(teaching, partial(objective, training), idle=idle, **want)
         measured.merge(found if index == 0 else found.without("rollout/mismatch"))  # later the policy has moved
         norms.append(run.engine.optim_step(rate) if teaching else 0.0)
@@ -309,14 +321,8 @@ def update(run: Run, groups: list[Group], step: int) -> dict[str, float]:
     return metrics | controllers.steer(metrics, step)
 
 
-def with_old_logprobs(run: Run, groups: list[Group], training: TrainingConfig) -> list[Group]:
-    """The log-probs that the ratios of several updates are taken to: the trainer's own, or those of the sampler."""
-    if training.top_entropy_quantile < 1:
-        groups = with_advantages_where_uncertain(run.engine.score(groups), training.top_entropy_quantile)
-    elif training.old_logprobs == "trainer":
-        groups = run.engine.score(groups)
-    if training.old_logprobs == "trainer":
-        return groups
+def with_sampled_logprobs(groups: list[Group]) -> list[Group]:
+    """The ratios of several updates are to the sampler's log-probs, not to the trainer's own of an extra pass."""
     return [replace(g, episodes=tuple(replace(e, old_logprobs=e.logprobs) for e in g.episodes)) for g in groups]
 
 

@@ -33,7 +33,7 @@ def made_run(count: int, right=lambda index, visit: (1, 0, 0, 1), **keys):
         ]
 
     config = SimpleNamespace(training=training)
-    return SimpleNamespace(config=config, train_problems=problems, state={}, sample=sample, asked=asked)
+    return SimpleNamespace(config=config, train_problems=problems, state={}, sample=sample, asked=asked, done=7)
 
 
 def test_the_cursor_goes_on_where_it_stands_and_no_problem_is_left_out_at_the_end_of_an_epoch():
@@ -113,9 +113,36 @@ def test_solved_prompts_are_not_drawn_again_until_hardly_any_is_left():
     run = made_run(8, lambda index, _: (1, 1, 1, 1), retire_solved=0.9)
     rollout(run, 1)
     rollout(run, 2)
-    with pytest.raises(RunError, match=r"only 0 of 8 .*retire_solved \(0.9\), and 4 are wanted: raise it") as stop:
+    with pytest.raises(
+        RunError, match=r"only 0 of 8 .*retire_solved \(0.9\), and 4 are wanted: raise it.* to 7,"
+    ) as stop:
         rollout(run, 3)
     assert "\n" not in str(stop.value)
+
+
+def test_no_problem_comes_twice_in_a_step_and_where_none_is_left_it_makes_do():
+    run = made_run(10, lambda index, _: (1, 0, 0, 1) if index == 5 else (0, 0, 0, 0), dynamic_sampling=9)
+    for step in range(1, 6):
+        run.asked.clear()
+        groups, metrics = rollout(run, step)
+        asked = [index for helping in run.asked for index in helping]
+        assert sorted(asked) == list(range(10)) and len(groups) == 4 and groups[0].problem.index == 5
+        assert metrics["rollout/useful_groups"] == 0.1
+
+
+def test_what_is_useful_is_decided_before_the_length_penalty():
+    """All wrong answers of different lengths differ once the penalty is in; DAPO filters by what is right."""
+    run = made_run(40, lambda index, _: (0, 0, 0, 0), dynamic_sampling=1, overlong_buffer=2, max_gen_len=3)
+    sample = run.sample
+
+    def longer(problems, samples, stream):
+        groups = sample(problems, samples, stream)
+        return [replace(g, episodes=(replace(g.episodes[0], token_ids=(2, 3, 4)), *g.episodes[1:])) for g in groups]
+
+    run.sample = longer
+    groups, metrics = rollout(run, 1)
+    assert metrics["rollout/useful_groups"] == 0 and metrics["rollout/prompts"] == 8
+    assert [e.reward for e in groups[0].episodes] == [-1.0, -0.5, -0.5, -0.5]
 
 
 def test_the_curriculum_takes_prompts_by_how_near_their_accuracy_is_to_one_half():

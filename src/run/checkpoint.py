@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had not stopped, in Hugging Face format.
 
-Each is one folder (storage.py): the engine writes its part, the rest is training_state.pt. Data order and sampling are
-functions of (seed, step) and have no state.
+Each is one folder (storage.py): the engine writes its part, the rest is training_state.pt. Sampling is a function of
+(seed, step) and has no state; the order of the data is one of the seed and of the cursor in run.state.
 """
 
 import errno
