@@ -255,7 +255,8 @@ class TrainingConfig:
         "group",
         "Advantages are divided by the standard deviation of the group or of the batch, or not at all (Dr. GRPO), or "
         "by the mean of the group (MaxRL, 2602.02710; rewards must not be negative). `parts`: the task's reward and "
-        "each reward function are normalised one by one in the group, then their weighted sum over the batch (GDPO, 2601.05242).",
+        "each reward function are normalised one by one in the group, then their weighted sum over the batch (GDPO, "
+        "2601.05242).",
         choices=("group", "batch", "none", "mean", "parts"),
     )
     overlong_buffer: int = key(

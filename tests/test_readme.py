@@ -250,7 +250,7 @@ def test_lora(run, tmp_path):
 
 
 BENCHMARKS = {  # what makes them short; of those that have no form of a few seconds only the options are read
-    "python -m benchmarks.learning": None,
+    "python -m benchmarks.learning --set training.max_steps=60": None,
     "python -m benchmarks.ot_figure": None,
     "uv run --group benchmarks python -m benchmarks.step --repetitions 3": None,
     "python -m benchmarks.rollout --repetitions 5 --skip generate_batch": "--shape tiny --quick --lengths fixed",
