@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -139,7 +140,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--vary", nargs="+", metavar="KEY VALUE...", help="one run for each value of a key")
+    parser.add_argument(
+        "--vary", nargs="+", metavar="KEY VALUE...", help="one run for each value of a key; `10 a.b=c` gives others too"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "output" / "learning")
     parser.add_argument("--quick", action="store_true")
@@ -152,7 +155,7 @@ def main() -> None:
         key, *values = arguments.vary
         word = key.rpartition(".")[2]
         runs = {
-            f"{label}_{word}{value}": (config, [*overrides, f"{key}={value}"])
+            re.sub(r"[^\w.-]+", "_", f"{label}_{word}{value}"): (config, [*overrides, *f"{key}={value}".split()])
             for label, (config, overrides) in runs.items()
             for value in values
         }
