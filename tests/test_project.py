@@ -185,6 +185,7 @@ def test_the_readme_names_files_keys_and_loss_types_that_exist():
         | {*known_penalties()}
         | {name for pair in functions for name in pair}
         | {"state_dict", "forward_backward", "prompt_ids"}
+        | {file.stem for file in (PROJECT / "configs" / "recipes").glob("*.yaml")}
     )
     for name in re.findall(r"`([a-z]+_[a-z_]+)`", README):
         assert name in known, f"the README names `{name}`, which is no key"
