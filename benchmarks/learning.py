@@ -1,6 +1,6 @@
 """What the recipes learn from the same base, several seeds: one table and one figure. Stopped, it goes on.
 
-    uv run python -m benchmarks.learning                     # every recipe x 3 seeds, about an hour on 2 cores
+    uv run python -m benchmarks.learning                     # every recipe x 3 seeds, about 90 minutes on 2 cores
     uv run python -m benchmarks.learning --quick             # 2 recipes, 1 seed, 4 steps: only shows that it runs
     uv run python -m benchmarks.learning --configs configs/configs_tiny/config_maxent_tau0.1_beta0.04_tiny.yaml \
         --vary training.tau 0.01 0.05 0.1 0.5 --set training.max_steps=60 --output benchmarks/output/tau
