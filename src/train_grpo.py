@@ -66,23 +66,23 @@ def next_problems(run: Run, count: int, drawn: set[int] | frozenset[int] = froze
     training, problems, state = run.config.training, run.train_problems, run.state
     accuracy, limit = state.get("accuracy", {}), training.retire_solved or math.inf
     state.setdefault("cursor", 0)
-    left = sum(accuracy.get(problem.index, -1.0) < limit and problem.index not in drawn for problem in problems)
-    if left < count and not drawn:
+    left = {problem.index for problem in problems if accuracy.get(problem.index, -1.0) < limit} - drawn
+    if len(left) < count and not drawn:
         raise RunError(
-            f"only {left} of {len(problems)} training problems have an accuracy below training.retire_solved "
+            f"only {len(left)} of {len(problems)} training problems have an accuracy below training.retire_solved "
             f"({limit}), and {count} are wanted: raise it, give more or harder problems, or lower training.max_steps "
             f"to {run.done}, to finish here"
         )
     found: list[Problem] = []
-    while len(found) < min(count, left):
+    while len(found) < count and left:
         epoch, place = divmod(state["cursor"], len(problems))
         problem = problems[order_of_epoch(training.random_seed, epoch, len(problems))[place]]
         known = accuracy.get(problem.index)
         chance = 1.0 if known is None or not training.curriculum else max(0.1, 4 * known * (1 - known))
         turn = random.Random(f"turn {training.random_seed} {state['cursor']}").random()
         state["cursor"] += 1
-        solved_already = known is not None and known >= limit
-        if turn < chance and not solved_already and problem.index not in drawn and problem not in found:
+        if turn < chance and problem.index in left:
+            left.remove(problem.index)
             found.append(problem)
     return found
 
@@ -141,13 +141,12 @@ def with_advantages(groups: list[Group], training: TrainingConfig, task=None) ->
 
 
 def divisor(row: Tensor, batch: Tensor, scale_rewards: str) -> Tensor | float:
-    """What advantages are divided by; infinite, where nothing varies, or a mean of 0 or less is no scale."""
+    """What advantages are divided by; infinite, where a mean of 0 or less is no scale."""
     if scale_rewards == "none":
         return 1.0
     if scale_rewards == "mean":  # MaxRL (2602.02710): for rewards of 0 and 1 the pass rate
         return row.mean() if row.mean() > 0 else math.inf
-    over = row if scale_rewards == "group" else batch
-    return over.std(correction=0) if has_variance(over[None]) else math.inf
+    return (row if scale_rewards == "group" else batch).std(correction=0)
 
 
 def normalized_parts(group: Group) -> Tensor:
