@@ -446,6 +446,8 @@ def test_skipping_unfinished_episodes_changes_the_denominators(loss_agg, skipped
     groups = hand_groups([[3, 1], [2, 5]], [1.0] * 4, [False, False, True, True])
     assert [g.problem.index for g in with_loss_weights(groups, training)] == [1], "a group without any disappears"
     assert with_loss_weights(groups[:1], training) == []
+    (left,) = with_loss_weights(groups, replace(training, loss_agg="prompt"))
+    assert [e.token_weight for e in left.episodes] == pytest.approx([1 / 7] * 2), "nor does it count as a prompt"
 
 
 def updatable(form: str, **keys) -> tuple[Run, list[Group]]:
