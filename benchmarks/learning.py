@@ -4,6 +4,8 @@
     uv run python -m benchmarks.learning --quick             # 2 recipes, 1 seed, 4 steps: only shows that it runs
     uv run python -m benchmarks.learning --configs configs/configs_tiny/config_maxent_tau0.1_beta0.04_tiny.yaml \
         --vary training.tau 0.01 0.05 0.1 0.5 --set training.max_steps=60 --output benchmarks/output/tau
+    uv run python -m benchmarks.learning --configs examples/*.yaml --set training.max_steps=60 \
+        --output benchmarks/output/examples
 
 Evaluation is on the `test` split; settings were chosen on `validation`. Each run is a process of one thread, so that as
 many as there are cores run beside each other. The last line of stdout is one JSON document.
@@ -28,10 +30,13 @@ from src.run.reading import read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 COLUMNS = {  # metric -> its name in the table, and how it is printed
+    "before": ("sampled, before", "{:.1%}"),
+    "eval/reward/first_attempt": ("first attempt", "{:.1%}"),
     "eval/pass@1": ("sampled", "{:.1%}"),
     "eval/greedy": ("greedy", "{:.1%}"),
     "eval/pass@8": ("pass@8", "{:.1%}"),
     "train/kl_k3": ("KL to the reference", "{:.3f}"),
+    "rollout/turns": ("turns", "{:.2f}"),
     "train/entropy": ("entropy", "{:.3f}"),
     "maxent/weight_entropy": ("entropy of the weights", "{:.2f}"),
     "useful groups": ("useful groups", "{:.1%}"),  # of those trained on, over all steps
@@ -41,11 +46,11 @@ COLUMNS = {  # metric -> its name in the table, and how it is printed
 }
 
 
-def train(label: str, config: Path, overrides: list[str], seed: int, output: Path) -> list[dict]:
+def train(label: str, config: Path, dataset: str, overrides: list[str], seed: int, output: Path) -> list[dict]:
     """The metrics of one run; one that is complete is only read."""
     work = output / f"seed{seed}"
     work.mkdir(parents=True, exist_ok=True)
-    arguments = ["--config", str(config), "--dataset_name", "countdown", "--name", label, "--quiet"]
+    arguments = ["--config", str(config), "--dataset_name", dataset, "--name", label, "--quiet"]
     settings = [f"training.random_seed={seed}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (work / f"{label}.log").open("a") as log:
@@ -54,7 +59,7 @@ def train(label: str, config: Path, overrides: list[str], seed: int, output: Pat
     if code:
         raise SystemExit(f"{label}, seed {seed}, ended with {code}; see {log.name}; the same command goes on")
     print(f"{label}, seed {seed}: done", file=sys.stderr)
-    return read_rows(work / "runs" / f"{label}_countdown" / "metrics.jsonl")
+    return read_rows(work / "runs" / f"{label}_{dataset}" / "metrics.jsonl")
 
 
 def summarize(rows: list[dict]) -> dict[str, float]:
@@ -68,6 +73,7 @@ def summarize(rows: list[dict]) -> dict[str, float]:
             found[name] = last[name]
         elif values:
             found[name] = mean(values)
+    found["before"] = next(row["eval/pass@1"] for row in rows if "eval/pass@1" in row)
     found["useful groups"] = 1 - mean(row["train/groups_without_variance"] for row in steps)
     found["tokens"] = sum(row["rollout/tokens"] for row in steps)
     found["seconds a step"] = mean(row["time/rollout"] + row["time/update"] for row in steps)
@@ -138,6 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--configs", nargs="+", type=Path, default=sorted((PROJECT / "configs" / "recipes").glob("*.yaml"))
     )
+    parser.add_argument("--dataset_name", help="default: countdown, of the examples their own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     parser.add_argument(
@@ -159,10 +166,14 @@ def main() -> None:
             for label, (config, overrides) in runs.items()
             for value in values
         }
+
+    def dataset_of(config: Path) -> str:
+        return arguments.dataset_name or (config.stem if config.parent.name == "examples" else "countdown")
+
     output = arguments.output.resolve()
     with ThreadPoolExecutor(arguments.processes) as pool:  # seed by seed: drift of the machine falls on all alike
         waiting = {
-            (label, seed): pool.submit(train, label, config, overrides, seed, output)
+            (label, seed): pool.submit(train, label, config, dataset_of(config), overrides, seed, output)
             for seed in range(arguments.seeds)
             for label, (config, overrides) in runs.items()
         }

@@ -141,6 +141,12 @@ class DataConfig:
     eval_samples_between: int = key(
         2, "The same for the evaluations between them, which cost the time of training.", minimum=1
     )
+    max_turns: int = key(
+        4,
+        "Turns of an episode at most, where the task has a `reply`. They share max_gen_len; each reply may be as long "
+        "as max_prompt_len.",
+        minimum=1,
+    )
     num_numbers: list[int] = key(
         [3, 4], "countdown: how many numbers a problem has; one of these at random.", minimum=2, maximum=6
     )
@@ -457,6 +463,11 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
     source: str = ""  # the file it came from
     name: str = ""  # of the run; empty: the stem of source
+    replies = False  # not of the file, so not a field: the task has a reply, and an episode may have several turns
+
+    def most_told(self) -> int:
+        """Tokens that an episode may be told beside what the policy writes."""
+        return self.replies * (self.data.max_turns - 1) * self.training.max_prompt_len
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig, "lora": LoraConfig, "hub": HubConfig}

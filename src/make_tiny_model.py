@@ -11,7 +11,10 @@ import argparse
 import json
 import math
 import random
+import re
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,13 +32,14 @@ TEXT_TOKENS += [f" {operator} " for operator in "+-*/="] + [", "]
 CHAT_TEMPLATE = "<|user|>{{ problem.nums | join(' ') }} = {{ problem.target }}<|assistant|>"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each number of one or two digits, each tag and each operator with its spaces."""
+def build_tokenizer(words: Sequence[str] = (), template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token for each number of one or two digits, each tag, each operator with its spaces, and each of `words`."""
     # 00..09 are there so that a longer number, cut in pairs of digits, always has tokens
     numbers = [str(number) for number in range(100)] + [f"0{digit}" for digit in range(10)]
-    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + TEXT_TOKENS + numbers)}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *TEXT_TOKENS, *numbers, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    pattern = r"</?think>|</?answer>| [-+*/=] |, |\d{1,2}|[()]|\n| |."
+    longer = "".join(f"{re.escape(word)}|" for word in sorted(words, key=len, reverse=True) if len(word) > 1)
+    pattern = longer + r"</?think>|</?answer>| [-+*/=] |, |\d{1,2}|[()]|\n| |."
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -43,8 +47,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         pad_token="<|pad|>",
         unk_token="<|unknown|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=["<|user|>", "<|assistant|>", *(word for word in words if word.startswith("<|"))],
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         model_max_length=128,
     )
@@ -84,8 +88,8 @@ def demonstration_batch(generator, tokenizer, batch_size, solution_share) -> tup
     return input_ids, labels
 
 
-def train_stage(model, tokenizer, generator, steps, batch_size, learning_rate, final_rate, solution_share, label):
-    """Supervised steps with a cosine learning rate; a line every 200 steps."""
+def train_stage(model, batch_of, steps, learning_rate, final_rate, label):
+    """Supervised steps on batches, batch_of(), with a cosine learning rate; a line every 200 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.perf_counter()
     for step in range(steps):
@@ -93,7 +97,7 @@ def train_stage(model, tokenizer, generator, steps, batch_size, learning_rate, f
         rate = (final_rate + (learning_rate - final_rate) * cosine) * min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        input_ids, labels = demonstration_batch(generator, tokenizer, batch_size, solution_share)
+        input_ids, labels = batch_of()
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]  # [batch, time-1, vocab]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
@@ -166,11 +170,13 @@ def main() -> None:
         model = LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=torch.float32)
     else:
         model = LlamaForCausalLM(config)
-        train_stage(model, tokenizer, generator, arguments.solution_steps, 64, 2e-3, 1e-4, 0.85, "solutions")
+        solutions = partial(demonstration_batch, generator, tokenizer, 64, 0.85)
+        train_stage(model, solutions, arguments.solution_steps, 2e-3, 1e-4, "solutions")
         if arguments.keep_first_stage:
             model.save_pretrained(arguments.keep_first_stage)
         print("after solutions, validation:", json.dumps(accuracy(model, tokenizer, "validation")), flush=True)
-    train_stage(model, tokenizer, generator, arguments.habit_steps, 64, 5e-4, 5e-5, arguments.solution_share, "habit")
+    habit = partial(demonstration_batch, generator, tokenizer, 64, arguments.solution_share)
+    train_stage(model, habit, arguments.habit_steps, 5e-4, 5e-5, "habit")
     print("after habit, validation:", json.dumps(accuracy(model, tokenizer, "validation")), flush=True)
     model.bfloat16().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)

@@ -11,10 +11,19 @@ from src.config import Config, ConfigError, TrainingConfig
 from src.engine import Engine
 from src.maxent import Controllers
 from src.penalties import PENALTIES
-from src.records import Episode, Group, Problem
+from src.records import Episode, Group, Problem, Transcript
 from src.rl_datasets import get_task
 from src.run import Run, check_hub, check_hub_keys, check_same_experiment, configure_logging, progress, run_folder
-from src.tasks import Rewards, given_groups, load_eval_rows, load_train_rows, make_problems, ranking_metrics, summarize
+from src.tasks import (
+    Conversation,
+    Rewards,
+    given_groups,
+    load_eval_rows,
+    load_train_rows,
+    make_problems,
+    ranking_metrics,
+    summarize,
+)
 
 logger = logging.getLogger("grpo")
 
@@ -182,8 +191,13 @@ def prepare(
     train_problems = fitting_problems(config, task, train_rows, engine.tokenizer, "train") if for_training else []
     eval_problems = fitting_problems(config, task, eval_rows, engine.tokenizer, data.eval_split)
     rewards.check_columns([problem.row for problem in train_problems + eval_problems])
+    config.replies = sampled and callable(getattr(task, "reply", None))
+    if config.replies:
+        engine.reply = Conversation(task, engine.tokenizer)
+        engine.reply.check(eval_problems[0])
     if sampled:  # what is wrong with a reward itself shows with any completion
-        rewards.grade([Group(eval_problems[0], (Episode((), (), False, "no answer"),))])
+        text = Transcript(["no answer"]) if config.replies else "no answer"
+        rewards.grade([Group(eval_problems[0], (Episode((), (), False, text),))])
     check_enough(config, train_problems if for_training else None)
     warn_of_idle_penalty(training)
     warn_of_what_it_is_not(training)

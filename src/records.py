@@ -3,8 +3,9 @@
 N is a number of tokens that the policy wrote, E one of episodes. Nothing is padded, so there is no mask to forget.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
@@ -20,6 +21,31 @@ class Problem:
     row: dict  # what the task grades an answer by
 
 
+class Transcript(str):
+    """An episode of several turns as one text: what the policy wrote in each, and what it was told after each."""
+
+    turns: tuple[str, ...]
+    told: tuple[str, ...]
+
+    def __new__(cls, turns: Iterable[str], told: Iterable[str] = ()):
+        turns, told = tuple(turns), tuple(told)
+        text = super().__new__(cls, "".join(chain.from_iterable(zip_longest(turns, told, fillvalue=""))))
+        text.turns, text.told = turns, told
+        return text
+
+    def __getnewargs__(self):
+        return self.turns, self.told
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a task replies, as it is appended to an episode; `broken`: why it cannot."""
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    broken: str = ""
+
+
 @dataclass(frozen=True)
 class Episode:
     """What followed a prompt. The sampler fills the first block, the task the second, the method the third."""
@@ -27,13 +53,14 @@ class Episode:
     token_ids: tuple[int, ...]  # with the end-of-sequence token, if it came
     logprobs: tuple[float, ...]  # as sampled, of each written token; empty where the policy did not sample
     finished: bool
-    text: str
+    text: str  # a Transcript, where there may be several turns
     written: tuple[bool, ...] | None = None  # which of token_ids the policy wrote and is trained on; None: all
 
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward_errors: int = 0  # parts that are 0 because something went wrong
     rewards: tuple[tuple[float, float], ...] = ()  # weight and value of what the reward is the sum of
+    broken: str = ""  # why its task could not reply: it is worth 0
 
     advantages: tuple[float, ...] = ()  # of each written token
     token_weight: float = 0.0  # weight of each written token in the loss: 1 / (denominator of the whole update)
@@ -45,18 +72,6 @@ class Episode:
     def length(self) -> int:
         """How many tokens the policy wrote."""
         return len(self.token_ids) if self.written is None else sum(self.written)
-
-    def then(self, told: tuple[int, ...], second: "Episode") -> "Episode":
-        """This turn, what the policy was told, and what it wrote then, with the text and the reward of that."""
-        turns = [(turn.written or (True,) * len(turn.token_ids)) for turn in (self, second)]
-        return replace(
-            second,
-            token_ids=self.token_ids + told + second.token_ids,
-            logprobs=self.logprobs + second.logprobs,
-            written=turns[0] + (False,) * len(told) + turns[1],
-            old_logprobs=None,  # of one turn; to be scored again
-            entropies=None,
-        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ A task is a class with three methods; TASKS names those of this file, `data.task
 Optional: `__init__(self, data)`, which gets the DataConfig (afterwards every task has it as `self.data`); attributes
 `system_prompt` and `response_prefix`; `answer_of(text) -> str | None`, the final answer as votes are counted;
 `offline = True` where a group is not sampled but is row["completions"]. `class Mine(Task)` has all but `reward`.
+`reply(text, row, turn) -> str | None` makes episodes of several turns: what the policy is told after its `turn`th, or
+None, and the episode is over. Then `text`, here and in `reward`, is a Transcript: `text.turns` are the policy's own.
 Nothing heavy is imported here before it is needed, so that `main.py --help` stays instant.
 """
 

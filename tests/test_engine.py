@@ -14,7 +14,7 @@ from src.engine import Engine, distributed
 from src.engine import engine as engine_module
 from src.engine.optim import build_optimizer
 from src.engine.sampler import SlotDecoder
-from src.records import Episode, Group, Problem
+from src.records import Group, Problem
 
 TINY = Path(__file__).parent.parent / "configs" / "configs_tiny"
 SMALL = ["model.dtype=float32", "data.train_size=20", "data.eval_size=4", "data.eval_samples=1", "training.max_steps=2",
@@ -137,16 +137,6 @@ def test_the_weights_that_are_looked_at_by_hand():
         next(engine.model.parameters()).add_(1)
         engine.model.model.norm.weight[1:] += 1  # all but the one that is looked at
     assert min(sizes) == 1 and engine.weights_moved() == pytest.approx(sizes[0] / sum(sizes))
-
-
-def test_a_second_turn_is_joined_to_the_first_and_what_was_told_is_not_trained():
-    first = Episode((5, 6), (-0.1, -0.2), True, "first")
-    second = Episode((9,), (-0.3,), False, "second", reward=1.0)
-    joined = first.then((7, 8), second)
-    assert joined.token_ids == (5, 6, 7, 8, 9) and joined.written == (True, True, False, False, True)
-    assert joined.logprobs == (-0.1, -0.2, -0.3) and joined.length == 3
-    assert (joined.text, joined.reward, joined.finished) == ("second", 1.0, False)
-    assert joined.then((7,), second).written == (*joined.written, False, True)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

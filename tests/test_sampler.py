@@ -14,7 +14,7 @@ from test_packing import SHAPE, make_pair
 
 import benchmarks.rollout
 from src.config import ConfigError
-from src.engine import sampler
+from src.engine import prefill, sampler
 from src.engine.attention import PackedAttention
 from src.engine.memory import free_in_group, free_memory, kept_by_malloc
 from src.engine.sampler import fit_to_memory, rollout
@@ -252,7 +252,7 @@ def test_completions_do_not_depend_on_the_wave(monkeypatch):
     assert tokens_of(sample(packed, 2, problems, 2)) == reference
     assert prefilled == [4, 4, 2]
     prefilled.clear()
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 10)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 10)
     assert tokens_of(sample(packed, 2, problems, 64)) == reference
     assert prefilled == [10]
 

@@ -136,8 +136,8 @@ def test_every_loss_type_trains_on_the_embedded_model(loss_type):
 # ---- A run and its folder
 
 
-def folder_of(work_dir: Path, name: str = NAME) -> Path:
-    return work_dir / "runs" / f"{name}_countdown"
+def folder_of(work_dir: Path, name: str = NAME, dataset: str = "countdown") -> Path:
+    return work_dir / "runs" / f"{name}_{dataset}"
 
 
 EVERYTHING = (
@@ -148,12 +148,20 @@ EVERYTHING = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", [(), EVERYTHING], ids=["plain", "everything"])
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, overrides):
-    whole = run_training(small_config(*overrides), "countdown", tmp_path / "whole")
-    run_training(small_config(*overrides, "training.max_steps=2"), "countdown", tmp_path / "parts")
-    assert whole == run_training(small_config(*overrides), "countdown", tmp_path / "parts")
-    folders = [folder_of(tmp_path / name) for name in ("whole", "parts")]
+TURNS = ("data.task_file=examples/second_attempt.py", "model.pretrained_model_path=models/turns-tiny",
+         "training.max_gen_len=72", "data.max_turns=2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "dataset, overrides",
+    [("countdown", ()), ("countdown", EVERYTHING), ("second_attempt", (*EVERYTHING, *TURNS))],
+    ids=["plain", "everything", "everything in two turns"],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, dataset, overrides):
+    whole = run_training(small_config(*overrides), dataset, tmp_path / "whole")
+    run_training(small_config(*overrides, "training.max_steps=2"), dataset, tmp_path / "parts")
+    assert whole == run_training(small_config(*overrides), dataset, tmp_path / "parts")
+    folders = [folder_of(tmp_path / name, dataset=dataset) for name in ("whole", "parts")]
     states = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in folders]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name

@@ -55,7 +55,7 @@ def load_policy(config: Config, device: torch.device, for_training: bool):
         from src.engine.lora import add_adapter  # here, because only a LoRA run needs peft
 
         model = add_adapter(model, config.lora, training.random_seed)
-    check_attention(model, training.max_prompt_len + training.max_gen_len)
+    check_attention(model, training.max_prompt_len + training.max_gen_len + config.most_told())
     if config.model.compile and for_training:
         compile_layers(model)
     if world() > 1 and training.parallel == "shard" and not is_lora(config):

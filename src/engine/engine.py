@@ -33,7 +33,7 @@ from src.engine.scoring import Distance, score
 from src.engine.sharding import cut_states, evened, full, full_state, load_full_state, sliced, sum_gradients, whole
 from src.engine.token_choice import SamplingSettings, episode_key
 from src.engine.weights import load_weights, write_model
-from src.records import Batch, Episode, Group, Measured, Problem, Scores
+from src.records import Batch, Episode, Group, Measured, Problem, Scores, Told, Transcript
 
 logger = logging.getLogger("grpo")
 STATE_FILE = "engine_state.pt"
@@ -68,6 +68,7 @@ class Engine:
         training = config.training
         self.limit = Limit(training.micro_batch_size, training.max_tokens_per_microbatch)
         self.report: Callable[[str, Callable[[], float]], None] = lambda verb, share: None  # hears what is done
+        self.reply: Callable[[Problem, Transcript, int], Told | None] | None = None  # of a task of several turns
         self.check_stop: Callable[[], None] = lambda: None  # raises where the step in progress may be given up
         self.rooms: dict[str, tuple[int, int]] = {}  # of the rollouts so far, by their size
         self.drawn: Counter[int] = Counter()  # how often each problem was sampled from in this step
@@ -121,14 +122,10 @@ class Engine:
         """
         training = self.config.training
         settings = SamplingSettings(
-            training.max_gen_len,
-            training.temperature if temperature is None else temperature,
-            training.inference_batch_size,
-            self.eos_ids,
-            training.random_seed,
-            stream,
-            tuple(training.stop_strings or ()),
-        )
+            training.max_gen_len, training.temperature if temperature is None else temperature,
+            training.inference_batch_size, self.eos_ids, training.random_seed, stream,
+            tuple(training.stop_strings or ()), self.reply, self.config.data.max_turns, self.config.most_told(),
+        )  # fmt: skip
         # the same prompt again in one step is another draw; an evaluation always draws the same
         numbers = draw_numbers(problems, self.drawn if stream >= 0 and settings.temperature > 0 else Counter())
 
@@ -314,7 +311,7 @@ class Engine:
     def longest_groups(self) -> list[Group]:
         """Groups as long as the config allows."""
         training = self.config.training
-        questions, length = training.num_questions_per_batch, training.max_gen_len
+        questions, length = training.num_questions_per_batch, training.max_gen_len + self.config.most_told()
         weight = 1 / (training.batch_size * length)
         episode = Episode((0,) * length, (0.0,) * length, True, "", token_weight=weight, episode_weight=weight * length)
         problem = Problem(0, (0,) * training.max_prompt_len, "", {})

@@ -96,7 +96,7 @@ def memory_plan(config: Config, model, anchor) -> dict[str, int]:
         state_bytes = 2 * training.state_bits / 8 + 1  # 24-bit masters beside bf16
         if training.offload and model.device.type == "cuda":
             state_bytes = 0  # in host memory
-    prompt, completion = training.max_prompt_len, training.max_gen_len
+    prompt, completion = training.max_prompt_len, training.max_gen_len + config.most_told()
     group = training.batch_size // training.num_questions_per_batch
     tokens = (
         training.max_tokens_per_microbatch

@@ -1,8 +1,9 @@
 """Decode the completions of many prompts at once, with the training weights, in process.
 
-Every prompt is prefilled once. Completions then decode together in slots of a preallocated key-value cache; a finished
-one gives its slot to the next waiting one, and when none waits the live ones move together, so that the dead are not
-decoded. decoding.py has the cache in two layouts; on a GPU a step is a CUDA graph (cuda_decoding.py).
+Every prompt is prefilled once (prefill.py). Completions then decode together in slots of a preallocated key-value
+cache; a finished one gives its slot to the next waiting one, and when none waits the live ones move together, so that
+the dead are not decoded. decoding.py has the cache in two layouts; on a GPU a step is a CUDA graph (cuda_decoding.py).
+Between two turns of an episode (turns.py) a slot reads what it is told, token by token, beside those that write.
 A completion does not depend on its neighbours, on its slot or on how many slots there are (token_choice.py). The
 model's own generation_config is not read, but for the end tokens.
 Not here: paged caches, speculative decoding.
@@ -19,40 +20,24 @@ import torch
 from torch import Tensor
 
 from src.config import ConfigError
-from src.engine.attention import PackedAttention
 from src.engine.cpu_weights import in_order_of_the_processor
 from src.engine.cuda_decoding import StepRunner, layout_for, own_stream, uses_graphs
 from src.engine.decoding import FEW, GroupedAttention, JoinedAttention, cache_shape, join
 from src.engine.ending import PLAIN, cut_episodes
 from src.engine.memory import free_memory
+from src.engine.prefill import prefill
 from src.engine.profiling import phase
 from src.engine.scoring import head_logits
 from src.engine.token_choice import SamplingSettings, choose_tokens, episode_key
-from src.records import Group, Problem
+from src.engine.turns import Turns
+from src.records import Episode, Group, Problem
 
 logger = logging.getLogger("grpo")
 
 SYNC_EVERY = 4  # decode steps between looks at which completions have ended (each look waits for the device)
-PREFILL_TOKENS = 16384  # prompt tokens of one prefill pass
 WAVE = 4  # prompts are prefilled for up to this many completions a slot at a time; the end of a wave decodes few
 MEMORY_SHARE = 0.8  # of the free memory, for the caches; the rest is for activations
 ATTEMPTS = 3  # at a prompt whose logits are not finite, before it is left out
-
-
-class PromptCache(PackedAttention):
-    """Attention of the prefill pass: that of a packed row of prompts, and every layer's keys and values are kept."""
-
-    def __init__(self, lengths: np.ndarray, first: int, keys: Tensor, values: Tensor):
-        super().__init__(np.cumsum(lengths) - lengths, lengths, 0 * lengths, 0 * lengths, keys.device, keys.dtype)
-        self.keys, self.values = keys, values  # [layers, prompts, Hkv, longest, D]
-        rows = np.repeat(np.arange(first, first + len(lengths)), lengths)
-        places = np.concatenate([np.arange(length) for length in lengths])
-        self.rows, self.places = torch.from_numpy(rows).to(keys.device), torch.from_numpy(places).to(keys.device)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.keys[layer][self.rows, :, self.places] = key[0].transpose(0, 1)  # [tokens, Hkv, D]
-        self.values[layer][self.rows, :, self.places] = value[0].transpose(0, 1)
-        return super().attend(layer, query, key, value, scaling)
 
 
 def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
@@ -68,7 +53,7 @@ def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: Sa
     """Slots to decode in and prompts to prefill at a time, so that the caches fit into the free memory."""
     wanted = min(settings.slots, len(problems) * samples)
     longest = max(len(problem.prompt_ids) for problem in problems)
-    slot, prompt = cache_bytes(model, longest, settings.max_new_tokens)
+    slot, prompt = cache_bytes(model, longest, settings.width)
     free = free_memory(model.device)
     room = MEMORY_SHARE * free - prompt  # one prompt must fit in any case
     slots = min(wanted, int(room // (slot + prompt / samples)))  # with a slot comes its share of a prompt
@@ -85,30 +70,6 @@ def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: Sa
         )
     prompts = min(int(1 + (room - slots * slot) // prompt), max(1, WAVE * slots // samples), len(problems))
     return slots, prompts
-
-
-@phase("prefill")
-def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, Tensor, np.ndarray]]:
-    """Last hidden state of every prompt [prompts, hidden], and the prompts' keys, values and lengths."""
-    layers, heads, head_dim = cache_shape(model)
-    lengths = np.array([len(problem.prompt_ids) for problem in problems])
-    device, dtype = model.device, model.dtype
-    shape = (layers, len(problems), heads, int(lengths.max()), head_dim)
-    keys, values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-    last_hidden, first = [], 0
-    while first < len(problems):
-        count = max(1, int(np.searchsorted(np.cumsum(lengths[first:]), PREFILL_TOKENS, side="right")))
-        chunk = lengths[first : first + count]
-        ids = [token for problem in problems[first : first + count] for token in problem.prompt_ids]
-        hidden = model.get_decoder()(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in chunk])).to(device)[None],
-            use_cache=False,
-            attention_plan=PromptCache(chunk, first, keys, values),
-        ).last_hidden_state[0]  # [tokens, hidden]
-        last_hidden.append(hidden[torch.from_numpy(np.cumsum(chunk) - 1).to(device)])
-        first += count
-    return torch.cat(last_hidden), (keys, values, lengths)
 
 
 class SlotDecoder:
@@ -130,9 +91,7 @@ class SlotDecoder:
         device = model.device
         self.total = total = len(problems) * samples
         self.rows = min(slots, total)  # the slots that are decoded, the first of them all
-        self.attention: GroupedAttention | JoinedAttention = layout_for(model)(
-            prompt, self.rows, settings.max_new_tokens
-        )
+        self.attention: GroupedAttention | JoinedAttention = layout_for(model)(prompt, self.rows, settings.width)
         self.runner = StepRunner(device)
         episode_keys = [
             episode_key(settings.seed, settings.stream, problem.index, sample + draw * samples)
@@ -142,13 +101,22 @@ class SlotDecoder:
         self.episode_keys = torch.tensor(episode_keys, device=device)  # [episodes]
         self.eos = torch.tensor(settings.eos_ids, device=device)
         # one column more than needed: slots that ended keep writing there until the next look
-        self.tokens = torch.zeros(total, settings.max_new_tokens + 1, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(total, settings.max_new_tokens + 1, device=device)
+        self.tokens = torch.zeros(total, settings.width + 1, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(total, settings.width + 1, device=device)
         self.prompt_lengths = torch.from_numpy(prompt[2]).to(device)
         self.waiting = 0  # the next episode to start
+        self.moved = False  # the attention does not know yet what is in which slot
         # of each slot [slots]: its episode, own tokens in the cache, and last token; changed in place, for the graphs
         self.episodes, self.lengths, self.current = torch.zeros(3, self.rows, dtype=torch.long, device=device)
         self.ended = torch.ones(self.rows, dtype=torch.bool, device=device)  # [slots] nothing left to decode
+        self.turns: Turns | None = None
+        if settings.reply is not None:
+            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            each = [problem for problem in problems for _ in range(samples)]
+            self.turns = Turns(tokenizer, each, settings, positions)
+            # of each episode [episodes]: where the turn that it is in begins, and where the episode ends
+            self.begins = torch.zeros(total, dtype=torch.long, device=device)
+            self.limits = torch.tensor([state.limit for state in self.turns.open], device=device)
 
     @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
@@ -156,12 +124,17 @@ class SlotDecoder:
         logits = head_logits(self.model, hidden)  # [s, V] fp32
         episodes, positions = self.episodes[slots], self.lengths[slots]
         tokens, logprobs = choose_tokens(logits, self.settings, self.episode_keys[episodes], positions)
-        column = positions.clamp(max=self.settings.max_new_tokens)
+        column = positions.clamp(max=self.settings.width)
+        limits: Tensor | int = self.settings.max_new_tokens
+        if self.turns is not None:  # before its turn begins an episode reads what it is told
+            limits, is_told = self.limits[episodes], column < self.begins[episodes]
+            tokens = torch.where(is_told, self.tokens[episodes, column], tokens)
         self.tokens[episodes, column] = tokens
         self.logprobs[episodes, column] = logprobs
         self.current[slots] = tokens
         is_end = (tokens[:, None] == self.eos).any(1)  # not isin, which waits for the device when there are many
-        self.ended[slots] |= is_end | ~logprobs.isfinite() | (positions + 1 >= self.settings.max_new_tokens)
+        ended = is_end | ~logprobs.isfinite() | (positions + 1 >= limits)
+        self.ended[slots] |= ended if self.turns is None else ended & ~is_told
 
     def start(self, slots: Tensor) -> None:
         """Put the next waiting episodes into these slots and sample their first tokens from the prompts."""
@@ -171,6 +144,8 @@ class SlotDecoder:
         self.waiting += len(slots)
         self.lengths[slots] = 0
         self.ended[slots] = False
+        if self.turns is not None:
+            self.turns.start(episodes.tolist())
         self.choose(self.prompt_hidden[episodes // self.samples], slots)
 
     def look(self) -> Tensor:
@@ -179,6 +154,35 @@ class SlotDecoder:
         if self.settings.stop_strings and not ended.all():
             self.ended[self.stopped((~ended).nonzero()[:, 0])] = True
             ended = self.ended[: self.rows].cpu()
+        return ended if self.turns is None else self.replied(ended, self.turns)
+
+    def replied(self, ended: Tensor, turns: Turns) -> Tensor:
+        """The ended slots without those that go on, told something: from the cached keys of what they have read."""
+        slots = ended.nonzero()[:, 0]
+        episodes = self.episodes[slots.to(self.tokens.device)]
+        rows = self.tokens[episodes].cpu().tolist()
+        places: list[tuple[int, int]] = []  # episode and column of every token that is told
+        ids: list[int] = []
+        going: list[tuple[int, ...]] = []
+        for slot, episode, row in zip(slots.tolist(), episodes.tolist(), rows, strict=True):
+            found = turns.end_turn(episode, row) if turns.open[episode].is_open else None
+            if found is not None:
+                last, told = found
+                state = turns.open[episode]
+                places += [(episode, column) for column in range(last + 1, state.begin)]
+                ids += told.token_ids
+                going.append((slot, episode, last, row[last], state.begin, state.limit))
+        if going:
+            slots, episodes, last, current, begins, limits = torch.tensor(going, device=self.tokens.device).T
+            if places:
+                where = torch.tensor(places, device=self.tokens.device).T
+                self.tokens[where[0], where[1]] = torch.tensor(ids, device=self.tokens.device)
+            # the last token of a turn is in the row, not yet in the cache; what was sampled after it is overwritten
+            self.lengths[slots], self.current[slots] = last, current
+            self.begins[episodes], self.limits[episodes] = begins, limits
+            self.ended[slots] = False
+            self.moved = True
+            ended[slots.cpu()] = False
         return ended
 
     def stopped(self, live: Tensor) -> list[int]:
@@ -186,24 +190,25 @@ class SlotDecoder:
         stops = self.settings.stop_strings
         reach = SYNC_EVERY + max(len(stop.encode()) for stop in stops)  # a token is at least a byte
         slots = live.to(self.tokens.device)
-        first = (self.lengths[slots] + 1 - reach).clamp(min=0)
+        begins = torch.zeros_like(slots) if self.turns is None else self.begins[self.episodes[slots]]
+        first = torch.maximum(self.lengths[slots] + 1 - reach, begins)
         columns = first[:, None] + torch.arange(reach, device=first.device)  # [l, reach]
         written = columns <= self.lengths[slots, None]
-        columns = columns.clamp(max=self.settings.max_new_tokens)
+        columns = columns.clamp(max=self.settings.width)
         tails = self.tokens[self.episodes[slots, None], columns].cpu().tolist()
         tails = [row[:count] for row, count in zip(tails, written.sum(1).tolist(), strict=True)]
         texts = self.tokenizer.batch_decode(tails, **PLAIN)
         hits = [slot for slot, text in zip(live.tolist(), texts, strict=True) if any(stop in text for stop in stops)]
-        full = {slot: self.tokens[self.episodes[slot], : self.lengths[slot] + 1].tolist() for slot in hits}
+        begin = dict(zip(live.tolist(), begins.tolist(), strict=True))
+        full = {slot: self.tokens[self.episodes[slot], begin[slot] : self.lengths[slot] + 1].tolist() for slot in hits}
         return [slot for slot in hits if any(stop in self.tokenizer.decode(full[slot], **PLAIN) for stop in stops)]
 
     def refill(self) -> bool:
         """Give free slots to waiting episodes, or bring the live ones together. False when nothing is left to do."""
         ended = self.look()
-        changed = False
         while self.waiting < self.total and ended.any():  # an episode may end with its first token: look again
             self.start(ended.nonzero()[: self.total - self.waiting, 0].to(self.tokens.device))
-            changed = True
+            self.moved = True
             ended = self.look()
         live = len(ended) - int(ended.sum())
         if live == 0:
@@ -216,13 +221,14 @@ class SlotDecoder:
             for state in (self.episodes, self.lengths, self.current, self.ended):
                 state[:rows] = state[keep]
             self.rows = rows
-            changed = True
-        if changed:
+            self.moved = True
+        if self.moved:
             self.arrange(live)
         return True
 
     def arrange(self, live: int) -> None:
         """Tell the attention which slots it has now, in the joined layout when few are left and none waits."""
+        self.moved = False
         state = torch.stack([self.episodes, self.lengths, self.ended.long()])[:, : self.rows].cpu().numpy()
         prompts, lengths, ended = state[0] // self.samples, state[1], state[2] > 0
         grouped = self.attention
@@ -259,17 +265,18 @@ class SlotDecoder:
         """The share of the longest possible work that is done."""
         live = self.lengths[: self.rows][~self.ended[: self.rows]]
         finished = self.waiting - len(live)
-        return (finished + float(live.sum()) / self.settings.max_new_tokens) / self.total
+        return (finished + float(live.sum()) / self.settings.width) / self.total
 
-    def run(self, report: Callable[[Callable[[], float]], None] | None = None) -> tuple[Tensor, Tensor]:
-        """Decode until every episode has ended: tokens and log-probs [episodes, max_new_tokens], junk after the end."""
+    def run(self, report: Callable[[Callable[[], float]], None] | None = None) -> list[Episode]:
+        """Decode until every episode has ended."""
         device = self.model.device
         with in_order_of_the_processor(self.model, len(self.episodes), free_memory(device)), own_stream(device):
             while self.refill():
                 if report is not None:
                     report(self.progress)  # which asks the device: whoever hears it decides whether to look
                 self.block()
-        return self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()
+        rows = self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()  # [episodes, width] junk after the end
+        return cut_episodes(self.tokenizer, *rows, self.settings) if self.turns is None else self.turns.episodes(*rows)
 
 
 def draw_numbers(problems: Sequence[Problem], seen: Counter[int]) -> list[int]:
@@ -310,7 +317,7 @@ def rollout(
             chosen, numbers = [problems[place] for place in wave], [attempt + ATTEMPTS * draws[place] for place in wave]
             decoder = SlotDecoder(model, tokenizer, chosen, samples, slots, settings, numbers)
             tell = report and partial(of_wave, report, start / len(missing), len(wave) / len(missing))
-            episodes = cut_episodes(tokenizer, *decoder.run(tell), settings)
+            episodes = decoder.run(tell)
             del decoder  # its cache, before the next one is allocated
             for index, place in enumerate(wave):
                 group = Group(problems[place], tuple(episodes[index * samples : (index + 1) * samples]))

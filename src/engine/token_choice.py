@@ -4,10 +4,13 @@ A random number is a hash of (seed, step, problem, sample, position), so that wh
 completions are decoded together. torch.multinomial is not used: its draw on a CPU takes longer than a large head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from src.records import Problem, Told, Transcript
 
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -18,7 +21,8 @@ BLOCK = 256  # vocabulary entries whose probabilities are summed before the cumu
 class SamplingSettings:
     """How to sample. temperature 0 is greedy; `stream` keeps evaluation and training random numbers apart.
 
-    A completion also ends with the token that completes one of `stop_strings`.
+    A completion also ends with the token that completes one of `stop_strings`. With `reply` it may go on: it gets the
+    problem, what there is so far, and the last token, up to `max_turns` turns and `told` tokens that are not sampled.
     """
 
     max_new_tokens: int
@@ -28,6 +32,14 @@ class SamplingSettings:
     seed: int
     stream: int = 0  # the training step, or a negative number for evaluation
     stop_strings: tuple[str, ...] = ()
+    reply: Callable[[Problem, Transcript, int], Told | None] | None = None
+    max_turns: int = 1
+    told: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of an episode at most."""
+        return self.max_new_tokens + self.told
 
 
 def mix64(value: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from src.records import Group
+from src.records import Group, Transcript
 
 
 def step_metrics(groups: list[Group], seconds: Mapping[str, float], sampled: float | None = None) -> dict[str, float]:
@@ -21,6 +21,9 @@ def step_metrics(groups: list[Group], seconds: Mapping[str, float], sampled: flo
         "rollout/length": tokens / len(episodes),
         "rollout/finished": sum(e.finished for e in episodes) / len(episodes),
     }
+    turns = [len(episode.text.turns) for episode in episodes if isinstance(episode.text, Transcript)]
+    if turns:
+        metrics["rollout/turns"] = sum(turns) / len(turns)
     for purpose in ("rollout", "update"):
         metrics[f"time/{purpose}"] = seconds.get(purpose, 0.0)
         handled = sampled if purpose == "rollout" and sampled is not None else tokens

@@ -9,9 +9,11 @@ from src.tasks.numbers import gsm8k_reference, number_is_correct, parse_number
 from src.tasks.prompts import check_chat, make_problems
 from src.tasks.rewards import Rewards
 from src.tasks.task import Task, in_user_code, is_text, load_eval_rows, load_train_rows, own_tasks, text_of
+from src.tasks.turns import Conversation
 
 __all__ = [
     "MAX_DIGITS",
+    "Conversation",
     "ExpressionError",
     "Rewards",
     "Task",

@@ -18,7 +18,7 @@ from src.config import ConfigError, DataConfig
 from src.tasks.guard import Fault, guarded, load_file, number_of
 
 if TYPE_CHECKING:  # it imports torch, which this package does without
-    from src.records import Group
+    from src.records import Episode, Group
 
 logger = logging.getLogger("grpo")
 SHOWN_ERRORS = 3  # different ones of a step that are logged in full
@@ -113,7 +113,7 @@ class Rewards:
         reward_parts are what the task gave ("reward" is its own) and each function's value, unweighted, by its name.
         """
         pairs = [(group.problem, episode) for group in groups for episode in group.episodes]
-        of_task = [self.task_parts(episode.text, problem.row) for problem, episode in pairs]
+        of_task = [self.task_parts(episode, problem.row) for problem, episode in pairs]
         faults = {self.task_name: [fault for _, fault in of_task]}  # one or None for each completion
         names = dict.fromkeys(name for given, _ in of_task for name in given)
         parts = [dict.fromkeys(names, 0.0) | given for given, _ in of_task]  # a part that a completion lacks is 0
@@ -140,10 +140,12 @@ class Rewards:
         rest = iter(graded)
         return [replace(group, episodes=tuple(islice(rest, len(group.episodes)))) for group in groups]
 
-    def task_parts(self, text: str, row: dict) -> tuple[dict[str, float], Fault | None]:
+    def task_parts(self, episode: "Episode", row: dict) -> tuple[dict[str, float], Fault | None]:
         """The task's own reward of one completion in its parts; all 0 after an error."""
         # a copy: the next completion must be graded against the same row
-        given = guarded(lambda: self.task.reward(text, copy.deepcopy(row)))
+        given = guarded(lambda: self.task.reward(episode.text, copy.deepcopy(row)))
+        if episode.broken:
+            given = Fault(episode.broken)
         number = number_of(given)
         if isinstance(given, dict):
             parts = self.check_parts(given)
