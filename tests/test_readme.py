@@ -27,6 +27,7 @@ from src.run.reading import read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CONFIG = PROJECT / "configs" / "configs_tiny" / "config_kl_beta0.04_tiny.yaml"
 SHORT = ["training.max_steps=1", "training.batch_size=8", "training.num_questions_per_batch=4", "data.train_size=8",
          "training.max_gen_len=24", "data.eval_size=4", "data.eval_samples=2", "training.eval_interval=0"]  # fmt: skip
@@ -65,7 +66,7 @@ def commands_of(text: str) -> set[str]:
 
 def block_with(line: str) -> str:
     """The one block that has this line."""
-    (block,) = [content for _, content in blocks_of(README) if f"\n{line}\n" in f"\n{content}"]
+    (block,) = [content for _, content in blocks_of(README + CONTRIBUTING) if f"\n{line}\n" in f"\n{content}"]
     return block
 
 
@@ -317,11 +318,11 @@ for steps in (2, 3):  # the second goes on from the checkpoint of the first
     sys.argv = [*arguments, f"training.max_steps={steps}"]
     assert main.main() == 0
 """
-DIFFS = [next(line for line in README.splitlines() if line.startswith(start))
+DIFFS = [next(line for line in (README + CONTRIBUTING).splitlines() if line.startswith(start))
          for start in ('+@penalty("hellinger")', '+@penalty("js"')]  # fmt: skip
 
 
-@executes("git apply", *DIFFS, "--set training.loss_type=hellinger --name hellinger")
+@executes("git apply", DIFFS[0], "--set training.loss_type=hellinger --name hellinger")
 def test_what_the_readme_changes(tmp_path):
     """All diffs, one after the other, in a copy; the two penalties against their formulas, and a run with all of it."""
     for name in ("src", "configs", "models/countdown-tiny"):
