@@ -30,13 +30,11 @@ from unittest.mock import patch
 from src.config import DataConfig
 from src.records import Episode, Group, Problem
 from src.rl_datasets import get_task
-from src.tasks import Rewards, math_worker, mathematics
+from src.tasks import Rewards, grader, mathematics
 
 TASKS = ("countdown", "gsm8k", "math")
 SLOWEST_MS = 50.0  # of this thread's processor time: other processes take none of it
-SLOWEST_WORKER_MS = (
-    1000 * math_worker.WORKER_SECONDS + 50
-)  # of the worker's, which counts its own; 50 to notice the end
+SLOWEST_WORKER_MS = 1000 * grader.WORKER_SECONDS + 50  # of the worker's, which counts its own; 50 to notice the end
 FLOOD_LENGTH = 100_000
 GRADE_SAMPLE = 400  # cases that also go through Rewards.grade
 SHOWN_FAILURES = 10
@@ -638,7 +636,7 @@ class Gate:
     slowest_ms: float = 0.0
     slowest_wall_ms: float = 0.0  # with waiting for the processor, and for a new worker
     ask: object = field(default_factory=lambda: mathematics.ask_worker)
-    read: object = field(default_factory=lambda: math_worker.read_line)
+    read: object = field(default_factory=lambda: grader.read_line)
 
     def __call__(self, answer: str, reference: str, seconds: float) -> bool:
         if self.left <= 0:
@@ -703,7 +701,7 @@ def run_task(name: str, seed: int, cases: int, worker_cases: int | None) -> dict
     gate, task = Gate(2 * cases if worker_cases is None else worker_cases), get_task(name)
     right = rewarded = formatted = 0
     slowest, failures = 0.0, []
-    with patch.object(mathematics, "ask_worker", gate), patch.object(math_worker, "read_line", gate.read_line):
+    with patch.object(mathematics, "ask_worker", gate), patch.object(grader, "read_line", gate.read_line):
         for index in range(cases):
             case, refused, gate.spent_ms = make_case(name, seed, index), gate.refused, 0.0
             try:

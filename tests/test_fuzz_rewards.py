@@ -10,7 +10,7 @@ import pytest
 from benchmarks import fuzz_rewards
 from benchmarks.fuzz_rewards import countdown_is_right, gsm8k_is_right, math_is_right, run_task
 from src import rl_datasets
-from src.tasks import Rewards, expressions, math_is_correct, math_worker, mathematics, number_is_correct, numbers
+from src.tasks import Rewards, expressions, grader, math_is_correct, mathematics, number_is_correct, numbers
 
 
 @pytest.mark.parametrize("task", fuzz_rewards.TASKS)
@@ -54,8 +54,8 @@ def test_an_exception_and_a_slow_call_are_failures(monkeypatch):
 def test_a_worker_that_is_slow_is_a_failure_and_all_answers_may_go_to_it(monkeypatch):
     spent = f"wrong {(fuzz_rewards.SLOWEST_WORKER_MS + 1) / 1000}"
     monkeypatch.setattr(fuzz_rewards, "GRADE_SAMPLE", 0)
-    monkeypatch.setattr(math_worker, "read_line", lambda worker, seconds: spent)
-    monkeypatch.setattr(mathematics, "ask_worker", lambda *given: math_worker.read_line(None, 1.0) == "right")
+    monkeypatch.setattr(grader, "read_line", lambda worker, seconds: spent)
+    monkeypatch.setattr(mathematics, "ask_worker", lambda *given: grader.read_line(None, 1.0) == "right")
     result = run_task("math", seed=0, cases=200, worker_cases=None)
     assert result["to_math_verify"] == result["math_verify_over_50_ms"] > 10 and result["not_graded"] == 0
     assert result["slowest_math_verify_ms"] > 400 and "ms of the worker" in result["first_failures"][0]

@@ -25,10 +25,10 @@ from src.tasks import (
     ExpressionError,
     evaluate_expression,
     final_answer,
+    grader,
     gsm8k_reference,
     math_is_correct,
     math_reference,
-    math_worker,
     mathematics,
     number_is_correct,
     parse_number,
@@ -692,9 +692,9 @@ def test_no_latex_raises_or_is_worth_a_number_it_does_not_name(pieces):
 
 
 def stop_current_worker() -> None:
-    if math_worker.WORKER is not None:
-        math_worker.stop_worker(math_worker.WORKER)
-        math_worker.WORKER = None
+    if mathematics.MATH.worker is not None:
+        grader.stop_worker(mathematics.MATH.worker)
+        mathematics.MATH.worker = None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -706,7 +706,7 @@ def no_worker_is_left():
 def running_worker() -> subprocess.Popen:
     """The real worker, after it has given a right verdict."""
     assert math_is_correct("x+1", "1+x", NEW_WORKER)
-    return math_worker.WORKER
+    return mathematics.MATH.worker
 
 
 def is_gone(pid: int, seconds: float) -> bool:
@@ -725,10 +725,10 @@ def is_gone(pid: int, seconds: float) -> bool:
 @pytest.mark.parametrize("tower", ["9^{9^{9^{9}}}+x", "10^{10^{10}} \\cdot y"])
 def test_a_tower_is_wrong_when_its_time_is_over_and_the_next_answer_is_served(tower, monkeypatch):
     worker = running_worker()
-    replies, read_line = [], math_worker.read_line
-    monkeypatch.setattr(math_worker, "read_line", lambda *given: replies.append(read_line(*given)) or replies[-1])
-    assert math_worker.ask_worker(tower, "5-x", NEW_WORKER) is False
-    assert replies == [f"wrong {math_worker.WORKER_SECONDS}"]  # of processor time, also in the depths of C
+    replies, read_line = [], grader.read_line
+    monkeypatch.setattr(grader, "read_line", lambda *given: replies.append(read_line(*given)) or replies[-1])
+    assert mathematics.ask_worker(tower, "5-x", NEW_WORKER) is False
+    assert replies == [f"wrong {grader.WORKER_SECONDS}"]  # of processor time, also in the depths of C
     assert running_worker() is worker
     assert not mathematics.is_clear_math(tower)  # it would not even be asked
 
@@ -754,10 +754,10 @@ def test_ctrl_c_during_an_answer_does_not_leave_it_to_the_next_question(monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(math_worker, "read_line", interrupted)
+        patch.setattr(grader, "read_line", interrupted)
         with pytest.raises(KeyboardInterrupt):
             math_is_correct("x+1", "1+x")
-    assert math_worker.WORKER is None
+    assert mathematics.MATH.worker is None
     assert worker.poll() == -signal.SIGKILL
     assert math_is_correct("x+2", "1+x", NEW_WORKER) is False
 
@@ -775,7 +775,7 @@ def test_threads_share_a_worker_and_get_their_own_verdicts():
     for thread in threads:
         thread.join()
     assert verdicts == {number: number < 2 for number in range(8)}
-    assert math_worker.WORKER is worker
+    assert mathematics.MATH.worker is worker
 
 
 @linux
@@ -827,11 +827,11 @@ def fake_math_verify(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_whatever_an_answer_does_it_is_wrong_and_the_next_one_is_served(fake_math_verify, answer, survives):
     assert math_is_correct("good", SEVEN, NEW_WORKER) is True
-    worker = math_worker.WORKER
+    worker = mathematics.MATH.worker
     seconds = 0.3 if answer == "stop" else NEW_WORKER
     assert math_is_correct(answer, SEVEN, seconds) is False
     assert math_is_correct("good", SEVEN, NEW_WORKER) is True
-    assert (math_worker.WORKER is worker) is survives
+    assert (mathematics.MATH.worker is worker) is survives
     if not survives:
         assert worker.poll() is not None
         assert worker.stdin.closed and worker.stdout.closed
@@ -841,7 +841,7 @@ def test_starting_the_worker_is_on_no_answers_account(fake_math_verify):
     (fake_math_verify / "math_verify.py").write_text(FAKE + "time.sleep(1.0)")
     assert math_is_correct("good", SEVEN, 0.4) is True
     time.sleep(1.0)  # its time is over long since, but it has answered
-    assert math_worker.WORKER.poll() is None
+    assert mathematics.MATH.worker.poll() is None
 
 
 @linux
@@ -852,13 +852,13 @@ def test_a_verdict_of_a_tired_worker_counts(fake_math_verify):
 
 def test_a_forked_child_has_a_worker_of_its_own(fake_math_verify):
     assert math_is_correct("good", SEVEN, NEW_WORKER)
-    worker = math_worker.WORKER
+    worker = mathematics.MATH.worker
     child = os.fork()
     if child == 0:
-        own = math_is_correct("good", SEVEN, NEW_WORKER) and math_worker.WORKER.pid != worker.pid
+        own = math_is_correct("good", SEVEN, NEW_WORKER) and mathematics.MATH.worker.pid != worker.pid
         os._exit(0 if own and worker.stdin.closed else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert math_is_correct("good", SEVEN, NEW_WORKER) and math_worker.WORKER is worker
+    assert math_is_correct("good", SEVEN, NEW_WORKER) and mathematics.MATH.worker is worker
 
 
 def test_a_missing_package_is_one_sentence(fake_math_verify):
@@ -876,9 +876,9 @@ def test_a_missing_package_is_one_sentence(fake_math_verify):
 def test_the_worker_dies_with_its_parent(fake_math_verify, busy):
     code = """if True:
         import time
-        from src.tasks import math_is_correct, math_worker
+        from src.tasks import grader, math_is_correct, mathematics
         assert math_is_correct("good", "SEVEN", 60.0)
-        print(math_worker.WORKER.pid, flush=True)
+        print(mathematics.MATH.worker.pid, flush=True)
         math_is_correct("busy" if BUSY else "good", "SEVEN", 60)
         time.sleep(60)
     """.replace("BUSY", str(busy)).replace("SEVEN", SEVEN)

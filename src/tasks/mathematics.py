@@ -1,11 +1,11 @@
-"""Whether two answers are the same mathematics; what is not plain is asked of math-verify, in math_worker.py."""
+"""Whether two answers are the same mathematics; what is not plain is asked of math-verify, in a process of its own."""
 
 import re
 from itertools import accumulate
 
 from src.config import ConfigError
 from src.tasks.answers import innermost_box
-from src.tasks.math_worker import ask_worker
+from src.tasks.grader import Grader
 from src.tasks.numbers import (
     INTEGER,
     LATEX_WORDS,
@@ -58,6 +58,10 @@ MEMBER = re.compile(r"\A([A-Za-z]|\\theta) ?\\in(?![A-Za-z]) ?(?=[(\[\\])")  # x
 PERCENT = re.compile(r" ?(?:\\?%|(?<![A-Za-z])percent(?![A-Za-z]))", re.IGNORECASE)
 PERCENT_AT_END = re.compile(PERCENT.pattern + r"\Z", re.IGNORECASE)
 LAST_NAME = re.compile(r"(?<=[0-9}) ])([cdghlmost]|ab|bc|rd)\Z")  # names that math-verify takes for units
+MATH = Grader(
+    "src.tasks.math_verdict",
+    "math answers need the package math-verify, which does not start here: {}; install it",
+)
 
 
 def math_reference(solution: str) -> str:
@@ -144,6 +148,11 @@ def same_numbers(answer: str, reference: str) -> bool | None:
     if percent == right_percent:
         return value == right
     return value == 100 * right if percent else value in (right, right / 100)
+
+
+def ask_worker(answer: str, reference: str, seconds: float) -> bool:
+    """math-verify's verdict."""
+    return MATH.ask([answer, reference], seconds)
 
 
 def math_is_correct(answer: str, reference: str, seconds: float = 5.0) -> bool:

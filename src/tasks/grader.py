@@ -1,10 +1,12 @@
-"""math-verify in a process of its own, which the kernel ends when it takes too long or too much.
+"""Grading in a process of its own, which the kernel ends when an answer takes too long or too much.
 
-The first half runs here and asks, the second half, `serve`, is the process that answers.
+The first half runs here and asks. The second half, `serve`, is the process that answers, by a module that has
+`start() -> "ready"` or what is wrong, and `grading(*request) -> a call that gives the verdict`, which alone is timed.
 """
 
 import contextlib
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -15,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 from src.config import ConfigError
@@ -24,15 +28,8 @@ PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 WORKER_SECONDS = 0.45  # of processor time for an answer: 3 times what the slowest of 82 typical right ones needs
 WORKER_MEMORY = 2 << 30  # bytes of address space
 WORKER_START_SECONDS = 120
+LONGEST_REQUEST = 60_000  # bytes: it fits into the pipe, so that writing it cannot block
 TIRED = 3  # exit code of a child that another one should follow
-
-# a worker grades these first: only then is it as fast as it will be
-WARM_UP = [
-    (r"\frac{1}{2}+x", "x+0.5"), (r"(1,\frac{\pi}{2})", r"(1, 0.5 \pi)"), (r"2\sqrt{3}", r"\sqrt{12}"), ("2+i", "i+2"),
-    (r"(-\infty,0)\cup[1,2]", r"(-\infty, 0) \cup [1, 2]"), ("(x+2)(x-5)", "x^2-3x-10"), ("y=-2x+1", "y = 1 - 2x"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 8/2 \end{pmatrix}"), ("1,2,3", "3,2,1"),
-    (r"\frac{x^2-1}{x-1}", "x+1"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"), (r"x \le 3", r"3 \ge x"),
-]  # fmt: skip
 
 
 class Worker(subprocess.Popen):
@@ -42,11 +39,11 @@ class Worker(subprocess.Popen):
     stdout: IO[bytes]
 
 
-def start_worker() -> Worker:
+def start_worker(module: str, missing: str) -> Worker:
     """A process that runs `serve`, ready to grade. It never sees this process's main module, torch or terminal."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from src.tasks.math_worker import serve; serve()"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from src.tasks.grader import serve; serve(sys.argv[2])"
     worker = Worker(
-        [sys.executable, "-P", "-c", code, str(PROJECT_FOLDER)],
+        [sys.executable, "-P", "-c", code, str(PROJECT_FOLDER), module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -63,9 +60,7 @@ def start_worker() -> Worker:
         raise
     if greeting != "ready":
         stop_worker(worker)
-        raise ConfigError(
-            f"math answers need the package math-verify, which does not start here: {greeting}; install it"
-        )
+        raise ConfigError(missing.format(greeting))
     return worker
 
 
@@ -94,44 +89,56 @@ def read_line(worker: Worker, seconds: float) -> str:
     return line.decode().strip()
 
 
-def ask_worker(answer: str, reference: str, seconds: float) -> bool:
-    """The verdict of the worker process, which is started if there is none and killed if it is late."""
-    global WORKER
-    request = json.dumps([answer, reference]).encode() + b"\n"  # short: fits into the pipe, cannot block
-    with WORKER_LOCK:
-        for _ in range(2):  # a worker that somebody else killed must not cost a right answer its reward
-            worker, WORKER = WORKER or start_worker(), None
-            try:
-                worker.stdin.write(request)
-                verdict = read_line(worker, seconds)
-                WORKER = worker
-                return verdict.startswith("right")
-            except TimeoutError:
-                return False
-            except (EOFError, BrokenPipeError):
-                continue
-            finally:  # also after Ctrl-C: a worker that still owes an answer would give it to the next question
-                if WORKER is None:
-                    stop_worker(worker)
-    return False
+class Grader:
+    """Asks one module's worker. `missing` is the sentence where it does not start, with {} for the reason."""
+
+    def __init__(self, module: str, missing: str):
+        self.module, self.missing = module, missing
+        self.worker: Worker | None = None
+        self.lock = threading.Lock()
+        GRADERS.add(self)
+
+    def ask(self, request: list, seconds: float) -> bool:
+        """The verdict of the worker process, which is started if there is none and killed if it is late."""
+        line = json.dumps(request).encode() + b"\n"
+        if len(line) > LONGEST_REQUEST:
+            return False
+        with self.lock:
+            for _ in range(2):  # a worker that somebody else killed must not cost a right answer its reward
+                worker, self.worker = self.worker or start_worker(self.module, self.missing), None
+                try:
+                    worker.stdin.write(line)
+                    verdict = read_line(worker, seconds)
+                    self.worker = worker
+                    return verdict.startswith("right")
+                except TimeoutError:
+                    return False
+                except (EOFError, BrokenPipeError):
+                    continue
+                finally:  # also after Ctrl-C: a worker that still owes an answer would give it to the next question
+                    if self.worker is None:
+                        stop_worker(worker)
+        return False
+
+    def forget(self) -> None:
+        """In a forked child: two processes must not read from one worker."""
+        if self.worker is not None:
+            self.worker.stdin.close()
+            self.worker.stdout.close()
+        self.worker, self.lock = None, threading.Lock()
 
 
-def forget_worker() -> None:
-    """In a forked child: two processes must not read from one worker."""
-    global WORKER, WORKER_LOCK
-    if WORKER is not None:
-        WORKER.stdin.close()
-        WORKER.stdout.close()
-    WORKER, WORKER_LOCK = None, threading.Lock()
+def forget_workers() -> None:
+    for grader in GRADERS:
+        grader.forget()
 
 
-WORKER: Worker | None = None
-WORKER_LOCK = threading.Lock()
-os.register_at_fork(after_in_child=forget_worker)
+GRADERS: weakref.WeakSet[Grader] = weakref.WeakSet()
+os.register_at_fork(after_in_child=forget_workers)
 
 
-def serve() -> None:
-    """The worker: reads [answer, reference] as lines of JSON, writes `right 0.012`: the verdict and processor seconds.
+def serve(module: str) -> None:
+    """The worker: reads requests as lines of JSON, writes `right 0.012`: the verdict and processor seconds.
 
     A child grades, until an answer is too much for it: then the kernel ends it, whatever it is doing, with nothing
     left half done, and the next child begins as the first one did. The worker ends with its input.
@@ -144,8 +151,8 @@ def serve() -> None:
         with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; a lower one may already be set
             resource.setrlimit(limit, (size, size))
     try:  # the imports and the first answers take long, and are on no completion's account
-        wrong = [pair for pair in WARM_UP if not math_verify_says(*pair)]
-        greeting = f"it finds {wrong[0]} different" if wrong else "ready"
+        grader = importlib.import_module(module)
+        greeting = grader.start()
     except ImportError as error:  # anything else ends the process
         greeting = " ".join(str(error).split())
     os.write(replies, f"{greeting}\n".encode())
@@ -155,7 +162,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             try:
-                os._exit(grade_questions(replies, parent))
+                os._exit(grade_questions(grader, replies, parent))
             finally:
                 os._exit(1)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -163,14 +170,15 @@ def serve() -> None:
             os.write(replies, f"wrong {WORKER_SECONDS}\n".encode())
 
 
-def grade_questions(replies: int, parent: int) -> int:
+def grade_questions(grader: ModuleType, replies: int, parent: int) -> int:
     """The worker's child. Returns 0 at the end of the input, TIRED when an answer has left much in memory."""
     for line in sys.stdin:
         if os.getppid() != parent:  # the worker was killed: a new one will answer
             return 0
+        grade = grader.grading(*json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, WORKER_SECONDS)
         begin = time.process_time()
-        verdict = "right" if math_verify_says(*json.loads(line)) else "wrong"
+        verdict = "right" if grade() else "wrong"
         signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(replies, f"{verdict} {time.process_time() - begin:.4f}\n".encode())
         try:
@@ -178,23 +186,3 @@ def grade_questions(replies: int, parent: int) -> int:
         except OSError:
             return TIRED
     return 0
-
-
-def math_verify_says(answer: str, reference: str) -> bool:
-    """math-verify's verdict, without any limit of time. An error is a wrong answer."""
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Basic, Pow
-    from sympy.core.cache import clear_cache
-
-    clear_cache()  # it made verdicts on infinity depend on the answers before
-    try:
-        # between dollar signs, of which clean_latex left none: the whole text is the answer, no part of it
-        gold, target = (
-            parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in (reference, answer)
-        )
-        powers = {power for value in target if isinstance(value, Basic) for power in value.atoms(Pow)}
-        if any(p.exp.is_negative and p.base.is_number and abs(p.base.evalf()) < 1e-12 for p in powers):
-            return False  # 0/0.0 would be 0
-        return bool(verify(gold, target, float_rounding=12, timeout_seconds=None))
-    except Exception:
-        return False
