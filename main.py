@@ -30,7 +30,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Nothing heavy is imported before it and the config are known to be good."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file that defines the experiment")
-    parser.add_argument("--dataset_name", metavar="TASK", help=f"{', '.join(TASKS)}, or a class of data.task_file")
+    parser.add_argument(
+        "--dataset_name",
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}, rg:FAMILY of reasoning-gym, or a class of data.task_file",
+    )
     parser.add_argument(
         "--set",
         action="extend",

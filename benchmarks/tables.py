@@ -87,7 +87,8 @@ def values_of(item: Field) -> str:
     if item.name == "loss_type":
         return ", ".join(f"`{name}`" for name in known_penalties()) + ", or a mapping of these to weights"
     wanted = cast(Any, get_args(item.type)[0] if isinstance(item.type, UnionType) else item.type)
-    name = f"list of {get_args(wanted)[0].__name__}" if get_origin(wanted) is list else wanted.__name__
+    origin = get_origin(wanted)
+    name = f"list of {get_args(wanted)[0].__name__}" if origin is list else (origin or wanted).__name__
     bounds = [f"{word} {item.metadata[rule]}" for rule, word in BOUNDS.items() if rule in item.metadata]
     return ", ".join([name, *bounds])
 

@@ -152,6 +152,11 @@ class DataConfig:
     )
     number_max: int = key(99, "countdown: numbers are drawn from 1 to this.", minimum=2, maximum=9999)
     target_max: int = key(99, "countdown: targets are 1 to this.", minimum=1, maximum=9999)
+    rg: dict[str, Any] | None = key(
+        None,
+        "rg: tasks: parameters of the family of reasoning-gym, as `{max_terms: 2}`; of a mixture a mapping for each "
+        "family, as `{chain_sum: {max_terms: 2}}`. Those not given are the package's own.",
+    )
     system_prompt: str | None = key(None, "System message in place of the task's own; an empty string for none.")
     response_prefix: str | None = key(
         None, "What the answer must begin with, in place of the task's own; it is part of the prompt."
@@ -498,7 +503,7 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
         if not items:
             raise ConfigError(f"{where} must hold at least one value")
         return [convert(item, get_args(wanted)[0], where) for item in items]
-    if wanted is bool and isinstance(value, bool):
+    if wanted is Any or (wanted is bool and isinstance(value, bool)):
         return value
     if wanted is str and isinstance(value, str):
         return value
@@ -514,7 +519,8 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             pass
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    raise ConfigError(f"{where} must be {names[wanted]}, not {value!r}")
+    wanted_name = names.get(wanted, "a mapping such as {name: value}")
+    raise ConfigError(f"{where} must be {wanted_name}, not {value!r}")
 
 
 def check_rules(value: Any, rules: Any, where: str) -> None:

@@ -23,14 +23,18 @@ from typing import ClassVar
 
 from src.config import ConfigError, DataConfig, suggest
 from src.tasks import (
+    GENERATED_EVAL_SIZE,
+    GYM_PREFIX,
     MAX_DIGITS,
+    SPLITS,
     ExpressionError,
+    ReasoningGym,
     Task,
     check_chat,
-    evaluate_expression,
+    expression_is_correct,
     final_answer,
+    graded,
     gsm8k_reference,
-    has_think_answer_format,
     in_user_code,
     is_text,
     last_answer,
@@ -43,15 +47,7 @@ from src.tasks import (
     text_of,
 )
 
-SPLITS = ("train", "validation", "test")  # of generated problems
-GENERATED_EVAL_SIZE = 256
 MAX_ATTEMPTS = 20_000
-
-
-def graded(correct: bool, completion_text: str) -> dict[str, float]:
-    """1 for the right answer, plus 0.1 for the format."""
-    well_formed = has_think_answer_format(completion_text)
-    return {"reward": correct + 0.1 * well_formed, "answer": float(correct), "format": float(well_formed)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,14 +175,8 @@ class Countdown(Task):
 
         It may be one side of an equation, `1 + 2 = 3`, if what the other side says is true.
         """
-        correct = False
         answer = last_answer(completion_text)
-        if answer is not None:
-            try:
-                value, numbers = evaluate_expression(answer)
-                correct = sorted(numbers) == sorted(reference["nums"]) and value == reference["target"]
-            except ExpressionError:
-                pass
+        correct = answer is not None and expression_is_correct(answer, reference["nums"], reference["target"])
         return graded(correct, completion_text)
 
     def answer_of(self, completion_text: str) -> str | None:
@@ -323,15 +313,20 @@ TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math, "scored": Scored}
 
 
 def get_task(name: str, data: DataConfig | None = None):
-    """The task called `name`: a class of data.task_file (case and underscores do not count), or else one of TASKS."""
+    """The task called `name`: a class of data.task_file (case and underscores do not count), or else one of TASKS.
+
+    `rg:` and the names of families, joined by +, are of reasoning-gym.
+    """
     data = DataConfig() if data is None else data
+    if name.startswith(GYM_PREFIX):
+        return ReasoningGym(name, data)
     own = own_tasks(data.task_file) if data.task_file else {}
     found = [own[key] for key in own if key.replace("_", "").lower() == name.replace("_", "").lower()]
     found = list(dict.fromkeys(found)) or ([TASKS[name]] if name in TASKS else [])
     if len(found) != 1:
         near = suggest(name, [*TASKS, *own]).partition("; known are")[0]
         problem = f"is not a dataset{near or ';'}" if not found else "is the name of two classes;"
-        raise ConfigError(f"{name} {problem} known are: {', '.join([*TASKS, *own])}")
+        raise ConfigError(f"{name} {problem} known are: {', '.join([*TASKS, *own])}, {GYM_PREFIX}FAMILY")
     missing = [method for method in ("load", "messages", "reward") if not callable(getattr(found[0], method, None))]
     if missing:
         raise ConfigError(

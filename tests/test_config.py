@@ -183,6 +183,7 @@ BAD = {  # text -> what the message says besides the file
     TRAINING("betas: {a: 1}"): "training.betas must be a finite number",
     "data:\n  num_numbers: [[3]]\n": "data.num_numbers must be a whole number, not [3]",
     "data:\n  num_numbers: []\n": "data.num_numbers must hold at least one value",
+    "data:\n  rg: max_terms\n": "data.rg must be a mapping such as {name: value}, not 'max_terms'",
     # ranges and choices
     TRAINING("betas: [0.9, 1.0]"): "training.betas must be less than 1, not 1.0",
     TRAINING("kl_direction: sideways"): "training.kl_direction: 'sideways' is not known; known are: forward, reverse",
@@ -371,6 +372,8 @@ def other_value(field, default):
         return next(choice for choice in rules["choices"] if choice != default)
     if kind is str:
         return "two lines:\n# 'and' \"more\" \u20ac"
+    if get_origin(kind) is dict:
+        return {"max_terms": 2, "gcd": {"text": "1e3", "list": [1.5, True, None]}}
     permitted = [
         number
         for number in (1, 2, 3, 5, 0.25, 0.5, 1.5, 17)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import fuzz_rewards
 from benchmarks.fuzz_rewards import countdown_is_right, gsm8k_is_right, math_is_right, run_task
 from src import rl_datasets
-from src.tasks import Rewards, expressions, grader, math_is_correct, mathematics, number_is_correct, numbers
+from src.tasks import Rewards, answers, expressions, grader, math_is_correct, mathematics, number_is_correct, numbers
 
 
 @pytest.mark.parametrize("task", fuzz_rewards.TASKS)
@@ -64,7 +64,7 @@ def test_a_worker_that_is_slow_is_a_failure_and_all_answers_may_go_to_it(monkeyp
 
 def test_a_format_reward_for_another_format_and_a_wrong_sum_are_failures(monkeypatch):
     monkeypatch.setattr(fuzz_rewards, "GRADE_SAMPLE", 0)
-    monkeypatch.setattr(rl_datasets, "has_think_answer_format", lambda text: "</answer>" in text)
+    monkeypatch.setattr(answers, "has_think_answer_format", lambda text: "</answer>" in text)
     assert "wrong format" in run_task("gsm8k", 0, 30, 0)["first_failures"][0]
     monkeypatch.undo()
     monkeypatch.setattr(fuzz_rewards, "GRADE_SAMPLE", 0)

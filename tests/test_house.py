@@ -96,8 +96,8 @@ def test_no_file_is_too_long():
     assert {module: length for module, length in lengths.items() if length > 350} == {}
 
 
-def test_there_are_at_most_110_keys_and_each_is_read_by_something():
-    assert len(KEYS) <= 110
+def test_there_are_at_most_112_keys_and_each_is_read_by_something():
+    assert len(KEYS) <= 112
     read = {"prompt_column", "answer_column"}  # by getattr, for the columns that a task names
     for module in FILES.keys() - {"src.config"}:
         for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):

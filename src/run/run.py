@@ -316,4 +316,4 @@ class Run:
 
 def run_folder(config: Config, dataset_name: str, work_dir: str | Path = ".") -> Path:
     """Where a run of this config lives."""
-    return Path(work_dir) / "runs" / f"{config.name or Path(config.source).stem}_{dataset_name}"
+    return Path(work_dir) / "runs" / f"{config.name or Path(config.source).stem}_{dataset_name.replace(':', '_')}"

@@ -27,6 +27,12 @@ def has_think_answer_format(completion_text: str) -> bool:
     return len(completion_text) <= MAX_GRADED_LENGTH and COMPLETION_FORMAT.fullmatch(completion_text) is not None
 
 
+def graded(correct: bool, completion_text: str) -> dict[str, float]:
+    """The reward: 1 for the right answer, plus 0.1 for the format."""
+    well_formed = has_think_answer_format(completion_text)
+    return {"reward": correct + 0.1 * well_formed, "answer": float(correct), "format": float(well_formed)}
+
+
 def boxes(text: str) -> list[tuple[int, int]]:
     """Start and end of the contents of every complete \\boxed{...} or \\fbox{...}, in the order in which they close."""
     complete: list[tuple[int, int]] = []

@@ -142,6 +142,15 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]]:
     return value, numbers
 
 
+def expression_is_correct(text: str, numbers: list[int], target: int) -> bool:
+    """Whether it uses each of the numbers exactly once and has this value."""
+    try:
+        value, used = evaluate_expression(text)
+    except ExpressionError:
+        return False
+    return sorted(used) == sorted(numbers) and value == target
+
+
 def plain_expression(text: str) -> str:
     """The expression of an equation in one spelling, without blanks: two texts of one expression are the same."""
     evaluate_expression(text)  # what says something false is no such text

@@ -13,6 +13,8 @@ from src.tasks.guard import load_file, said_of
 from src.tasks.rows import keep_tenth, open_source
 
 MAX_EVAL_SIZE = 1000
+SPLITS = ("train", "validation", "test")  # of generated problems
+GENERATED_EVAL_SIZE = 256
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can hold half a surrogate pair, a tokenizer cannot
 TASK_FILE = "data.task_file"
 SYSTEM_PROMPT = (
