@@ -28,7 +28,7 @@ GYM = Grader(
 )
 SECONDS = 10.0  # by the clock, with making the item again; the worker limits its own time
 SEEDS_APART = 1_000_000  # from one data.seed to the next, so that they share no items
-ITEMS_EACH = 50  # items that are looked at for each problem wanted, before the family is said to have no more
+AT_LEAST, ITEMS_EACH = 1000, 50  # problems looked at for each one wanted, before it is said that there are no more
 NOT_PARAMETERS = ("seed", "size")
 NO_BLANK_BESIDE = re.compile(r" ?([,()\[\]{}]) ?")
 
@@ -144,7 +144,7 @@ class ReasoningGym(Task):
         size = self.data.eval_size or GENERATED_EVAL_SIZE if held_out else self.data.train_size
         found: list[dict] = []
         questions: set[str] = set()
-        for item in range(ITEMS_EACH * size):
+        for item in range(max(AT_LEAST, ITEMS_EACH * size)):
             if item == len(self.rows):
                 self.rows.append(self.make_row(item))
             row = self.rows[item]
