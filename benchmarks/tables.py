@@ -56,6 +56,7 @@ data.number_max=99 data.num_numbers=[3,4]`. The clip of `gspo.yaml` and the buff
 |---|---|
 | `recipes` | one published method a file, on the embedded model |
 | `configs_tiny`, `configs_lora` | the embedded model, one file a loss type, otherwise the same; with adapters |
+| `configs_gym` | a small pretrained model on a family of reasoning-gym, on a CPU |
 | `configs_0.5b`, `configs_3b`, `configs_7b` | Qwen2.5-Instruct of that size on a CUDA GPU |
 | `configs_0.5b_ot`, `configs_3b_ot`, `configs_7b_ot` | the same with Sinkhorn OT in several windows |
 
