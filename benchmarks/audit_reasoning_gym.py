@@ -22,13 +22,14 @@ from importlib.metadata import version
 
 from src.config import DataConfig
 from src.tasks import ReasoningGym, grader
-from src.tasks.gym import SEEDS_APART, known_families, spelling
+from src.tasks.gym import known_families, spelling
 from src.tasks.gym_families import FAMILIES, REFUSED, SCORER, Family
 from src.tasks.gym_items import entry_of
 
 SLOWEST_MS = 50.0
 SLOWEST_WORKER_MS = 1000 * grader.WORKER_SECONDS + 50
 SEEDS, ITEMS = [0, 1, 2], 3
+COMPARED = 10  # questions of each seed that two processes make
 EXAMPLES = ("example_answer", "example_correct_answer", "possible_answer")  # of families whose answer is None
 FULL_WIDTH = {digit + 48: digit + 0xFF10 for digit in range(10)}
 
@@ -77,8 +78,11 @@ def hostile_answers(right: str, touched: str) -> dict[str, str]:
 def questions_elsewhere(families: list[str], seeds: list[int], items: int, hash_seed: str) -> dict[str, list[str]]:
     """The questions that another process makes, whose sets and dicts have another order."""
     code = (
-        "import sys, json; from src.tasks.gym_items import entry_of; families, seeds, items = json.loads(sys.argv[1]); "
-        "made = {f: [entry_of(f, '{}', s, i)['question'] for s in seeds for i in range(items)] for f in families}; "
+        "import sys, json; from src.config import DataConfig; from src.tasks import ReasoningGym; made = {}\n"
+        "families, seeds, size = json.loads(sys.argv[1])\n"
+        "for name in families:\n"
+        "    tasks = [ReasoningGym(f'rg:{name}', DataConfig(seed=seed, train_size=size)) for seed in seeds]\n"
+        "    made[name] = [row['question'] for task in tasks for row in task.load('train')]\n"
         "print('\\n' + json.dumps(made))"  # on a line of its own: some families print while they make items
     )
     done = subprocess.run(
@@ -140,8 +144,7 @@ def audit_family(family: str, seeds: list[int], items: int, touched: str) -> Out
 def audit(families: list[str], seeds: list[int], items: int) -> list[Outcome]:
     """The outcome of every family."""
     graded = [family for family in families if FAMILIES.get(family, Family(REFUSED, "")).how != REFUSED]
-    numbers = [SEEDS_APART * seed for seed in seeds]
-    made, made_again = (questions_elsewhere(graded, numbers, 10, hash_seed) for hash_seed in ("1", "2"))
+    made, made_again = (questions_elsewhere(graded, seeds, COMPARED, hash_seed) for hash_seed in ("1", "2"))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = [audit_family(family, seeds, items, f"{folder}/touched") for family in families]
     for found in outcomes:

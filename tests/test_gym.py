@@ -165,6 +165,8 @@ def test_no_problem_and_no_question_is_in_two_splits(package, high, train_size):
         assert len(set.union(*found)) == sum(map(len, found))
     for split in ("test", "validation"):
         assert len({row["question"] for row in rows[split]}) == len(rows[split]) >= 5
+    if high == 10**9:  # beyond the first 10,000 items too
+        assert len({row["question"] for row in rows["train"]}) == train_size
 
 
 def test_rows_are_those_of_the_seed_whatever_is_loaded_first_and_how_much(package):
@@ -178,6 +180,15 @@ def test_rows_are_those_of_the_seed_whatever_is_loaded_first_and_how_much(packag
 
 def test_a_size_of_its_own_is_never_given_to_the_package(package):
     assert {row["question"].split(" + ")[1] for row in rows_of(train_size=12_000)["train"]} == {"10000 = {}"}
+
+
+def test_a_problem_that_cannot_be_made_is_left_out_and_so_is_one_with_an_empty_answer(package):
+    path = package / "reasoning_gym" / "__init__.py"
+    broken = "if (self.config.seed + index) % 7 == 3: raise RuntimeError('gave up')"
+    text = PACKAGE.replace("        number = random", f"        {broken}\n        number = random")
+    path.write_text(text.replace('f"{number} , 1"', '"" if index % 7 == 4 else "1"'))
+    rows = rows_of(rg={"high": 10**9})
+    assert {row["item"] % 7 for split in rows for row in rows[split]} == {0, 1, 2, 5, 6}
 
 
 def test_a_space_with_few_questions_says_how_many_there_are(package, caplog):
@@ -214,8 +225,9 @@ def test_the_prompt_is_the_question_and_the_format(package):
 def test_whatever_a_scorer_does_the_answer_is_wrong_and_the_next_one_is_graded(package, answer):
     task = get_task("rg:jugs", DataConfig(eval_size=1))
     [row] = task.load("test")
-    right = gym_items.entry_of(*task.item_of(row))["answer"]
+    right, worker = gym_items.entry_of(*task.item_of(row))["answer"], gym.GYM.worker
     assert "answers" not in row and [rewarded(task, row, text) for text in (right, answer, right)] == [1, 0, 1]
+    assert (gym.GYM.worker is worker) is (answer not in ("exit", "gone")), "of processor time, not by the clock"
 
 
 def test_only_the_final_answer_reaches_a_scorer_trimmed_and_of_its_shape(package, monkeypatch):
@@ -232,9 +244,10 @@ def test_only_the_final_answer_reaches_a_scorer_trimmed_and_of_its_shape(package
     assert asked == ["1 0", "last"]
 
 
-def test_an_answer_too_long_for_the_pipe_is_wrong(package):
+def test_an_answer_too_long_for_the_pipe_is_wrong_and_not_sent(package, monkeypatch):
     task = get_task("rg:jugs", DataConfig(eval_size=1))
     [row] = task.load("test")
+    monkeypatch.setattr(grader, "read_line", lambda *_: pytest.fail("it was sent"))
     assert rewarded(task, row, "x" * 90_000) == 0 and rewarded(task, row, "\U0001f600" * 9_000) == 0
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from dataclasses import fields
 from importlib import import_module
 
@@ -29,6 +30,7 @@ GYM = Grader(
 SECONDS = 10.0  # by the clock, with making the item again; the worker limits its own time
 SEEDS_APART = 1_000_000  # from one data.seed to the next, so that they share no items
 AT_LEAST, ITEMS_EACH = 1000, 50  # problems looked at for each one wanted, before it is said that there are no more
+PATIENCE = 20  # problems in a row that a family cannot make: then it is its parameters
 NOT_PARAMETERS = ("seed", "size")
 NO_BLANK_BESIDE = re.compile(r" ?([,()\[\]{}]) ?")
 
@@ -117,22 +119,31 @@ class ReasoningGym(Task):
             raise ConfigError(f"{name}: a family is named twice; name each once")
         self.parameters = parameters_of(self.families, known, data.rg)
         self.seed = SEEDS_APART * data.seed
-        self.rows: list[dict] = []  # all that were made so far, of every split
+        self.rows: list[dict | None] = []  # all that were made so far, of every split
+        self.failed: Counter[str] = Counter()  # problems in a row that a family could not make
 
-    def make_row(self, item: int) -> dict:
-        """Problem number `item`; `answers` are the right ones, where they can be listed."""
+    def make_row(self, item: int) -> dict | None:
+        """Problem number `item`; `answers` are the right ones, where they can be listed.
+
+        None where the right answer is empty, and where the package gives up, as on some mazes.
+        """
         family = self.families[item % len(self.families)]
         try:
             entry = entry_of(family, self.parameters[family], self.seed, item)
         except Exception as error:  # whatever the package raises for these parameters
+            self.failed[family] += 1
+            if self.failed[family] < PATIENCE:
+                return None
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise ConfigError(f"data.rg: {family} makes no problem ({text}); change its parameters") from error
+        self.failed[family] = 0
         row, details = {"question": entry["question"], "family": family, "item": item}, entry["metadata"]
         if FAMILIES[family].how == EXPRESSION:
             return {**row, "numbers": details["numbers"], "target": details.get("target", 24)}
         if FAMILIES[family].how == SCORER:
             return row
-        return {**row, "answers": details["valid_answers"] if family == "n_queens" else [entry["answer"]]}
+        answers = details["valid_answers"] if family == "n_queens" else [entry["answer"]]
+        return {**row, "answers": answers} if all(answer.strip() for answer in answers) else None
 
     def load(self, split: str) -> list[dict]:
         """The first rows of a split."""
@@ -148,8 +159,7 @@ class ReasoningGym(Task):
             if item == len(self.rows):
                 self.rows.append(self.make_row(item))
             row = self.rows[item]
-            answerable = all(answer.strip() for answer in row.get("answers", ()))  # some right answers are empty
-            if answerable and split_of(row["question"]) == split and not (held_out and row["question"] in questions):
+            if row and split_of(row["question"]) == split and not (held_out and row["question"] in questions):
                 questions.add(row["question"])
                 found.append(row)
             if len(found) == size:
