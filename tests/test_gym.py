@@ -129,7 +129,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
         ("rg:chain_sum+jugs", {"high": 3}, "{chain_sum: {...}}, not high: 3"),
         ("rg:chain_sum+jugs", {"ab": {}}, "not ab: {}"),
         ("rg:chain_sum+jugs", {"jugs": {"hihg": 3}}, "'hihg' is no parameter of jugs"),
-        ("rg:chain_sum", {"low": 5, "high": 5}, "have no question for test"),
+        ("rg:chain_sum", {"low": 5, "high": 5}, "none of 12800 questions is for test; take parameters that allow more"),
     ],
 )
 def test_what_is_wrong_with_a_name_or_a_parameter_is_one_sentence(package, name, rg, fragment):

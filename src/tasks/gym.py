@@ -165,9 +165,7 @@ class ReasoningGym(Task):
             if len(found) == size:
                 break
         if not found:
-            raise ConfigError(
-                f"data.rg: {item + 1} problems have no question for {split}; allow for more by parameters"
-            )
+            raise ConfigError(f"data.rg: none of {item + 1} questions is for {split}; take parameters that allow more")
         if len(found) < size:
             logger.warning(
                 f"{split} has {len(found)} problems, not {size}: these families have no more questions for it"

@@ -53,7 +53,7 @@ FAMILIES = {
     "calendar_arithmetic": Family(EXACT, ONE_TEXT),
     "chain_sum": Family(NUMBER, ONE_NUMBER),
     "circuit_logic": Family(EXACT, ONE_TEXT),
-    "codeio": Family(SCORER, "the JSON may be written in several ways; of several right inputs only one counts"),
+    "codeio": Family(REFUSED, UNSTABLE),
     "coin_flip": Family(REFUSED, "its scorer pays 0 for a probability below 0.0001, and its answers are rounded"),
     "color_cube_rotation": Family(CASELESS, ONE_WORD),
     "complex_arithmetic": Family(EXACT, "its scorer pays NaN; right is the notation of the question, as 4.0 - 7.0i"),
