@@ -6,8 +6,8 @@ python main.py --config examples/calculator.yaml --dataset_name calculator
 import random
 import re
 
-from src.rl_datasets import SPLITS, split_of
-from src.tasks import ExpressionError, Task, evaluate_expression, final_answer, number_is_correct
+from src.rl_datasets import split_of
+from src.tasks import SPLITS, ExpressionError, Task, evaluate_expression, final_answer, number_is_correct
 
 CALL = re.compile(r"<tool>([^<>]*)</tool>\s*\Z")
 

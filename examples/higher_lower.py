@@ -5,8 +5,8 @@ python main.py --config examples/higher_lower.yaml --dataset_name higher_lower
 
 import random
 
-from src.rl_datasets import SPLITS, split_of
-from src.tasks import Task, last_answer
+from src.rl_datasets import split_of
+from src.tasks import SPLITS, Task, last_answer
 
 NUMBERS = 31  # five guesses find one of so many
 

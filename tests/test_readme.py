@@ -79,7 +79,8 @@ def rows_of(tmp_path: Path) -> list[dict]:
 def run(tmp_path, monkeypatch):
     """main.py's part of a command in a folder of its own, with further overrides."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    for name in ("configs", "examples"):
+        (tmp_path / name).symlink_to(PROJECT / name)
 
     def run(command: str, *overrides: str) -> int:
         words = shlex.split(command.rpartition("&& ")[2])
@@ -258,8 +259,22 @@ BENCHMARKS = {  # what makes them short; of those that have no form of a few sec
     "python -m benchmarks.optimizer": None,
     "python -m benchmarks.kill_storm": None,
     "python -m benchmarks.doctor": None,
+    "python -m benchmarks.audit_reasoning_gym": None,
     "python -m benchmarks.fp32_head --model PATH": None,
 }
+
+
+EXAMPLES = [
+    f"python main.py --config examples/{name}.yaml --dataset_name {name}"
+    for name in ("second_attempt", "higher_lower", "calculator")
+]
+
+
+@executes(*EXAMPLES)
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_examples(command, run, tmp_path):
+    assert run(command, *SHORT, NOT_FIRST, "training.max_gen_len=72") == 0
+    assert rows_of(tmp_path)[0]["rollout/turns"] >= 1
 
 
 @executes(*BENCHMARKS)
