@@ -8,6 +8,7 @@ import gc
 import logging
 import weakref
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from src.engine import cuda_decoding, sampler
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention
+from src.engine.memory import packed, unpacked, upload
 from src.engine.packing import pack
 from src.engine.sampler import SlotDecoder, cache_bytes, fit_to_memory
 from src.engine.scoring import score
@@ -219,6 +221,73 @@ def test_there_are_few_sizes_of_captured_steps(monkeypatch):
     assert sorted({runner.rows(live, 50) for live in range(1, 51)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 50]
     for live in range(1, 301):
         assert live <= runner.rows(live, 512) <= 1.5 * live
+
+
+def test_a_capture_that_runs_out_of_memory_does_not_end_all_captures(monkeypatch):
+    """The error of the capture's end says nothing of it; what it came from does."""
+    runner = StepRunner(torch.device("cpu"))
+    runner.pool = (0, 0)
+    monkeypatch.setattr(StepRunner, "works", True)
+
+    class Graph:
+        def __init__(self):
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError("operation failed due to a previous error during capture") from error
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    with pytest.raises(RuntimeError, match="previous error"):
+        runner.capture(lambda: None)
+    assert StepRunner.works
+
+
+def test_a_capture_that_fails_says_why_and_not_only_that(monkeypatch, caplog):
+    runner = StepRunner(torch.device("cpu"))
+    runner.pool = (0, 0)
+    monkeypatch.setattr(StepRunner, "works", True)
+
+    def graph():
+        try:
+            raise RuntimeError("a copy from the host")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    with caplog.at_level(logging.WARNING, "grpo"):
+        assert runner.capture(lambda: None) is None
+    assert "(a copy from the host)" in caplog.text and not StepRunner.works
+
+
+@pytest.mark.parametrize("version", ["2.11", "2.12", "2.13"])
+def test_flash_is_asked_without_splits_where_torch_takes_the_option(version, monkeypatch):
+    """2.11 has no num_splits, 2.12 has it and refuses it, 2.13 takes it."""
+    calls = []
+
+    def operator(*arguments, **options):
+        calls.append("num_splits" in options)
+        if version == "2.12" and "num_splits" in options:
+            raise RuntimeError("num_splits requires FA3. Register FA3 with ...")
+        return ("output",)
+
+    names = ["query", "seqused_k"] + ["num_splits"] * (version != "2.11")
+    arguments = [SimpleNamespace(name=name) for name in names]
+    operator.default = SimpleNamespace(_schema=SimpleNamespace(arguments=arguments))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator, raising=False)
+    monkeypatch.setitem(cuda_decoding.FLASH, "has_splits", True)
+    for _ in range(2):
+        assert cuda_decoding.flash(1, 2, 3, (4, 5), 6, 7, 8.0) == "output"
+    assert calls == {"2.11": [False, False], "2.12": [True, False, False], "2.13": [True, True]}[version]
+
+
+def test_tensors_of_any_type_travel_as_one():
+    tensors = [torch.arange(3), torch.tensor([[1.5, -2.0]]), torch.tensor(7, dtype=torch.int32), torch.zeros(0),
+               torch.tensor([True, False, True]), torch.arange(12.0).view(3, 4).T]  # fmt: skip
+    whole = packed(tensors)
+    assert whole.dtype == torch.uint8 and len(whole) % 16 == 0
+    for one, other in zip(tensors, unpacked(whole, tensors), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert all(a is b for a, b in zip(tensors, upload(tensors, "cpu"), strict=True))
 
 
 def test_a_capture_that_fails_is_told_once_and_the_steps_run(monkeypatch, caplog):

@@ -21,7 +21,10 @@ from benchmarks.kill_storm import differences, metrics_of
 from src import train_grpo
 from src.commands import run_evaluation
 from src.config import ConfigError, RunError, Stopped, load_config
+from src.engine import engine as engine_module
 from src.engine import models
+from src.engine.plan import FEWEST_LOGITS, Limit
+from src.engine.scoring import CHUNK_ELEMENTS
 from src.prepare import prepare
 from src.run import run as run_module
 from src.run.checkpoint import newest_checkpoint
@@ -138,7 +141,7 @@ def test_what_runs_out_of_memory_is_done_again_in_smaller_parts(memory_for, size
 def prepare_limit(run):
     """The passes that the config allows, as before anything has run out of memory."""
     training = run.config.training
-    return type(run.engine.limit)(training.micro_batch_size, training.max_tokens_per_microbatch)
+    return Limit(training.micro_batch_size, training.max_tokens_per_microbatch, CHUNK_ELEMENTS["cpu"])
 
 
 def test_the_longest_pass_is_tried_before_the_first_step_and_cut_smaller_if_it_does_not_fit(memory_for, tmp_path):
@@ -216,6 +219,67 @@ def test_memory_that_does_not_suffice_for_one_completion_and_errors_of_another_k
     with pytest.raises(ConfigError, match=r"a single completion .CUDA out of memory.*lower training.max_gen_len"):
         backward(run, groups)
     assert len(tried) <= 6, "halved each time"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_rollout_that_runs_out_of_memory_is_done_again_with_fewer_slots_and_then_stays_there(
+    error, monkeypatch, caplog
+):
+    run = prepare(config_with(), "countdown")
+    problems = run.train_problems[:4]
+    whole = run.engine.sample(problems, 4, stream=1)
+    real, tried = engine_module.rollout, []
+
+    def rollout_in(*arguments, room):
+        tried.append(room)
+        if room[0] > 4:
+            raise error("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(*arguments, room=room)
+
+    monkeypatch.setattr(engine_module, "rollout", rollout_in)
+    run.engine.drawn.clear()
+    found = run.engine.sample(problems, 4, stream=1)
+    assert [room[0] for room in tried] == [16, 8, 4] and "with 4 completions at once" in caplog.text
+    for one, other in zip(whole, found, strict=True):
+        assert [e.token_ids for e in one.episodes] == [e.token_ids for e in other.episodes]
+    run.engine.sample(problems, 4, stream=2)
+    assert [room[0] for room in tried[3:]] == [4], "what did not fit once is not tried again"
+    monkeypatch.setattr(engine_module, "rollout", lambda *_, room: (_ for _ in ()).throw(error("out of memory")))
+    with pytest.raises(ConfigError, match=r"to decode a single completion .*lower training.max_gen_len"):
+        run.engine.sample(problems, 4, stream=3)
+    monkeypatch.setattr(engine_module, "rollout", lambda *_, room: (_ for _ in ()).throw(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run.engine.sample(problems, 4, stream=4)
+
+
+def test_where_a_single_completion_is_too_much_fewer_logits_at_a_time_can_do(monkeypatch, caplog):
+    run = prepare(config_with(), "countdown")
+    groups = rollout(run)
+    whole, _ = backward(run, groups)
+    real, tried = engine_module.score, []
+
+    def score(*arguments, elements, **want):
+        tried.append(elements)
+        if elements > FEWEST_LOGITS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, elements=elements, **want)
+
+    monkeypatch.setattr(engine_module, "score", score)
+    run.engine.limit = Limit(1, None, CHUNK_ELEMENTS["cpu"])
+    found, _ = backward(run, groups)
+    assert list(dict.fromkeys(tried)) == [2**24, 2**23, 2**22] and f"{2**22:,} logits at a time" in caplog.text
+    for one, other in zip(whole, found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-4)
+
+
+def test_a_run_that_goes_on_takes_no_larger_passes_than_fitted_before(tmp_path):
+    run = prepare(config_with(), "countdown")
+    run.engine.limit = Limit(3, 100, 2**23)
+    run.engine.begin(1)
+    run.engine.state().write(tmp_path / "saved")
+    again = prepare(config_with("training.max_tokens_per_microbatch=50"), "countdown")
+    again.engine.load(tmp_path / "saved")
+    assert again.engine.limit == Limit(3, 50, 2**23)
 
 
 # --- gradients and errors ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -214,3 +215,14 @@ def test_compared_configs_differ_in_nothing_but_the_penalty():
     name = PROJECT / "configs" / "configs_3b_ot" / "config_ot_beta0.1_target0.05_w8_3b.yaml"
     training = load_config(name).training
     assert (training.loss_type, training.beta, training.ot_target, training.ot_window) == ("ot", 0.1, 0.005, 8)
+
+
+def test_the_gpu_tests_are_collected_where_only_torch_and_transformers_are():
+    absent = ["peft", "ot", "datasets", "math_verify", "reasoning_gym"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); import pytest; "
+        "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-n0', '-p', 'no:cacheprovider', 'tests']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "test_gpu.py: " in done.stdout and "error" not in done.stdout.lower()

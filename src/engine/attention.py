@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 import src.engine.cpu_attention as cpu_attention
 from src.config import ConfigError
+from src.engine.memory import upload
 
 varlen_attn: Any  # None where torch has none
 try:  # torch >= 2.10; CUDA only
@@ -57,9 +58,10 @@ class PackedAttention:
                 np.r_[p : p + m, s : s + n]
                 for s, n, p, m in zip(starts, lengths, prefix_starts, prefix_lengths, strict=True)
             ]
-            self.key_index = torch.from_numpy(np.concatenate(keys)).to(device)
-            self.cumulative_queries = cumulative(lengths, device)  # [S + 1]
-            self.cumulative_keys = cumulative(lengths + prefix_lengths, device)  # [S + 1]
+            whole = [torch.from_numpy(np.concatenate(keys)), cumulative(lengths), cumulative(lengths + prefix_lengths)]
+            self.key_index, self.cumulative_queries, self.cumulative_keys = upload(
+                whole, device
+            )  # the last two [S + 1]
             self.longest_query = int(lengths.max())
             return
         # prompts have no prefix and completions do: two tiles keep a long prompt from padding short completions
@@ -124,9 +126,9 @@ class PackedAttention:
         )
 
 
-def cumulative(lengths: np.ndarray, device) -> Tensor:
+def cumulative(lengths: np.ndarray) -> Tensor:
     """[0, l0, l0 + l1, ...] as int32."""
-    return torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype(np.int32)).to(device)
+    return torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype(np.int32))
 
 
 def build_tile(starts, lengths, prefix_starts, prefix_lengths) -> tuple[Tile, np.ndarray]:

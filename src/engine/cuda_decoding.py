@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine.decoding import GroupedAttention, JoinedAttention, cache_shape
+from src.engine.memory import out_of_memory
 
 logger = logging.getLogger("grpo")
 
 GRAPHS_ON = ("cuda",)  # device types whose steps are captured; elsewhere capturing does nothing (the tests do that)
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernel takes
+FLASH = {"has_splits": True}  # in this process it was not refused yet
 
 
 def uses_graphs(device: torch.device) -> bool:
@@ -47,10 +49,18 @@ def flash(query: Tensor, keys: Tensor, values: Tensor, offsets, used: Tensor, lo
     seqused_k on only since 2.12.
     """
     operator = torch.ops.aten._flash_attention_forward
-    options: dict = {"scale": scaling, "seqused_k": used}
-    if any(argument.name == "num_splits" for argument in operator.default._schema.arguments):
-        options["num_splits"] = 1  # else a row's result depends on the longest of its neighbours
-    return operator(query, keys, values, *offsets, 1, longest, 0.0, False, False, **options)[0]
+    call = partial(
+        operator, query, keys, values, *offsets, 1, longest, 0.0, False, False, scale=scaling, seqused_k=used
+    )
+    if not FLASH["has_splits"] or all(argument.name != "num_splits" for argument in operator.default._schema.arguments):
+        return call()[0]
+    try:
+        return call(num_splits=1)[0]  # else a row's result depends on the longest of its neighbours
+    except RuntimeError as error:
+        if "num_splits" not in str(error):
+            raise
+        FLASH["has_splits"] = False  # torch 2.12 has the argument and refuses it
+        return call()[0]
 
 
 class FlashAttention(JoinedAttention):
@@ -123,6 +133,13 @@ def layout_for(model) -> type[GroupedAttention] | type[JoinedAttention]:
     return FlashAttention if works else PaddedAttention
 
 
+def root_of(error: BaseException) -> BaseException:
+    """What an error came from in the first place."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return error
+
+
 class StepRunner:
     """Runs a step many times. On CUDA as a graph for each shape, captured when the shape comes up first.
 
@@ -164,8 +181,11 @@ class StepRunner:
             with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(), "thread_local"):
                 step()
         except RuntimeError as error:
+            if out_of_memory(error):  # of this capture, and not of all: the rollout is done again with fewer slots
+                raise
             StepRunner.works = False
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            first = root_of(error)  # the end of a capture that has failed says only that it has
+            reason = (str(first) or type(first).__name__).splitlines()[0]
             logger.warning(f"decoding without CUDA graphs, which is slower: a step could not be captured ({reason})")
             return None
         return graph

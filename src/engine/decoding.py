@@ -52,7 +52,7 @@ class SlotCache:
     def start(self, slots: Tensor, prompts: Tensor) -> None:
         """Zeros for the next episodes: NaN that an episode has left would survive the mask."""
         for part in (*self.keys, *self.values):
-            part[slots, :, : self.reach] = 0
+            part[:, :, : self.reach].index_fill_(0, slots, 0)  # `[slots] = 0` would copy the 0 to the device, and wait
 
 
 class GroupedAttention(SlotCache):

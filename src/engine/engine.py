@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from src.engine.models import end_token_ids, load_tokenizer
 from src.engine.movement import sampled_weights, share_changed
 from src.engine.optim import MemoryEfficientAdamW
 from src.engine.packing import Pass, pack
-from src.engine.plan import Limit, in_parts_that_fit, memory_line, tell_of_rehearsal
+from src.engine.plan import Limit, Rooms, in_parts_that_fit, memory_line, tell_of_rehearsal
 from src.engine.profiling import phase
-from src.engine.sampler import draw_numbers, fit_to_memory, rollout
-from src.engine.scoring import Distance, score
+from src.engine.sampler import draw_numbers, rollout
+from src.engine.scoring import CHUNK_ELEMENTS, Distance, score
 from src.engine.sharding import cut_states, evened, full, full_state, load_full_state, sliced, sum_gradients, whole
 from src.engine.token_choice import SamplingSettings, episode_key
 from src.engine.weights import load_weights, write_model
@@ -66,11 +66,12 @@ class Engine:
         self.device = check_machine(config, for_training)
         self.tokenizer = load_tokenizer(config)
         training = config.training
-        self.limit = Limit(training.micro_batch_size, training.max_tokens_per_microbatch)
+        elements = CHUNK_ELEMENTS[self.device.type]
+        self.limit = Limit(training.micro_batch_size, training.max_tokens_per_microbatch, elements)
         self.report: Callable[[str, Callable[[], float]], None] = lambda verb, share: None  # hears what is done
         self.reply: Callable[[Problem, Transcript, int], Told | None] | None = None  # of a task of several turns
         self.check_stop: Callable[[], None] = lambda: None  # raises where the step in progress may be given up
-        self.rooms: dict[str, tuple[int, int]] = {}  # of the rollouts so far, by their size
+        self.rooms = Rooms()
         self.drawn: Counter[int] = Counter()  # how often each problem was sampled from in this step
         self.step = self.updates = self.failed = 0  # failed: problems whose logits were not finite
         self.untouched = True  # no weight has moved in this step
@@ -135,8 +136,8 @@ class Engine:
 
         def mine() -> list[Group]:
             mine, draws = share(problems), share(numbers)
-            room = self.room(mine, samples, settings) if mine else None
-            groups = rollout(self.model, self.tokenizer, mine, samples, settings, tell, draws, room)
+            sample = partial(rollout, self.model, self.tokenizer, mine, samples, settings, tell, draws)
+            groups = self.rooms.rollout(self.model, mine, samples, settings, sample) if mine else []
             with phase("reward"):
                 return grade(groups)
 
@@ -144,16 +145,6 @@ class Engine:
             groups = together(mine)
         self.failed += len(problems) - len(groups)
         return groups
-
-    def room(self, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> tuple[int, int]:
-        """Slots and prompts at a time: what fits, and never more than in an earlier call of this size.
-
-        Rounding depends on it, so it is part of the state: a resumed run does not take more because more is free.
-        """
-        size, fits = f"{len(problems)} x {samples}", fit_to_memory(self.model, problems, samples, settings)
-        slots, prompts = (min(pair) for pair in zip(fits, self.rooms.get(size, fits), strict=True))
-        self.rooms[size] = (slots, prompts)
-        return slots, prompts
 
     # -- forward_backward ----------------------------------------------------------------------------------------------
 
@@ -172,7 +163,7 @@ class Engine:
             if self.untouched and world() == 1:  # where others wait nobody leaves
                 self.check_stop()
             self.report(verb, partial(min, 1.0, done * world() / max(1, tokens)))
-            yield row, score(self.model, row, self.config.training.temperature, **want)
+            yield row, score(self.model, row, self.config.training.temperature, elements=self.limit.head, **want)
             done += row.input_ids.numel()
 
     def forward_backward(
@@ -286,7 +277,8 @@ class Engine:
 
                 model = merged_model(model)
             return EngineState(model, self.tokenizer, full_state(model), None)
-        tensors: dict[str, Any] = {"optimizer": full(self.optimizer.state_dict()), "rooms": dict(self.rooms)}
+        tensors: dict[str, Any] = {"optimizer": full(self.optimizer.state_dict()), "rooms": self.rooms.sizes}
+        tensors["limit"] = asdict(self.limit)
         if self.config.training.reference_sync_steps:
             tensors["anchor"] = full(self.anchor.state_dict())
         return EngineState(model, self.tokenizer, full_state(model), tensors)
@@ -302,7 +294,8 @@ class Engine:
             self.optimizer.load_state_dict(saved if ours else cut_states(self.optimizer, saved))
         except ValueError as error:
             raise ConfigError(f"{folder} does not fit this config: {error}; use --fresh to start over") from error
-        self.rooms = tensors["rooms"]
+        self.rooms = Rooms(tensors["rooms"])
+        self.limit = self.limit.least(tensors.get("limit", asdict(self.limit)))
         if "anchor" in tensors:
             load_full_state(self.anchor, tensors["anchor"])
 
@@ -325,7 +318,9 @@ class Engine:
         batch = max(batches, key=lambda batch: sum(group.tokens() for group in batch))
         logger.info(f"trying the longest micro-batch: {sum(group.tokens() for group in batch):,} tokens")
         started = time.perf_counter()
-        self.forward_backward(batch * world(), objective, **want)  # one for each process
+        # one for each process; on a GPU two, where there are two: the second has the gradients of the first beside it
+        times = 2 if len(batches) > world() and self.device.type == "cuda" else 1
+        self.forward_backward(batch * world() * times, objective, **want)
         self.model.zero_grad(set_to_none=True)
         seconds, begun = time.perf_counter() - started, bool(self.optimizer.state)
         tell_of_rehearsal(self.config, self.model, self.anchor, seconds, begun)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.engine.attention import PackedAttention
+from src.engine.memory import upload
 from src.engine.profiling import phase
 from src.records import Batch, Episode, Group
 
@@ -57,7 +58,7 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
     episode_index = torch.arange(len(episodes)).repeat_interleave(lengths)  # [N]
 
     def each(values: Iterable, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(list(values), dtype=kind).to(device)
+        return torch.tensor(list(values), dtype=kind)
 
     def flat(rows: Iterable[tuple[float, ...] | None]) -> Tensor | None:
         """[N], or None where an episode has none."""
@@ -66,26 +67,42 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
             raise ValueError("either each episode of a pass has log-probs and advantages, or none has")
         return each(value for row in filled for value in row) if filled else None
 
-    advantages = flat(episode.advantages for episode in episodes)
+    columns = {
+        "ids": each(ids, torch.long)[None],
+        "positions": each(positions, torch.long)[None],
+        "predictors": each(predictors, torch.long),
+        "targets": each(targets, torch.long),
+        "episode_index": episode_index,
+        "group_index": each((index for index, piece in enumerate(pieces) for _ in piece.episodes), torch.long),
+        "lengths": lengths,
+        "weights": each(episode.token_weight for episode in episodes)[episode_index],
+        "episode_weights": each(episode.episode_weight for episode in episodes),
+        "rewards": each(episode.reward for episode in episodes),
+    }
+    for name in ("advantages", "logprobs", "old_logprobs"):
+        column = flat(getattr(episode, name) for episode in episodes)
+        if column is not None:
+            columns[name] = column
+    there = dict(zip(columns, upload(list(columns.values()), device), strict=True))
     batch = Batch(
-        token_ids=each(targets, torch.long),
-        episode_index=episode_index.to(device),
-        group_index=each((index for index, piece in enumerate(pieces) for _ in piece.episodes), torch.long),
-        lengths=lengths.to(device),
-        weights=each(episode.token_weight for episode in episodes)[episode_index.to(device)],
-        episode_weights=each(episode.episode_weight for episode in episodes),
-        advantages=torch.zeros(len(targets), device=device) if advantages is None else advantages,
-        rewards=each(episode.reward for episode in episodes),
-        sampled_logprobs=flat(episode.logprobs for episode in episodes),
-        old_logprobs=flat(episode.old_logprobs for episode in episodes),
+        token_ids=there["targets"],
+        episode_index=there["episode_index"],
+        group_index=there["group_index"],
+        lengths=there["lengths"],
+        weights=there["weights"],
+        episode_weights=there["episode_weights"],
+        advantages=there["advantages"] if "advantages" in there else torch.zeros(len(targets), device=device),
+        rewards=there["rewards"],
+        sampled_logprobs=there.get("logprobs"),
+        old_logprobs=there.get("old_logprobs"),
         groups=len(pieces),
     )
     starts, sizes, prefix_starts, prefix_sizes = np.array(segments).T
     return Pass(
-        input_ids=each(ids, torch.long)[None],
-        position_ids=each(positions, torch.long)[None],
+        input_ids=there["ids"],
+        position_ids=there["positions"],
         attention_plan=PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype),
-        predictor_index=each(predictors, torch.long),
+        predictor_index=there["predictors"],
         batch=batch,
     )
 

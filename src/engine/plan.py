@@ -2,23 +2,24 @@
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from src.config import Config, ConfigError
 from src.engine.distributed import AloneError, world
-from src.engine.memory import free_memory, peak_memory
+from src.engine.memory import free_memory, give_back, out_of_memory, peak_memory
 from src.engine.models import decoder_layers
 from src.engine.packing import split_into_microbatches
-from src.engine.sampler import cache_bytes
+from src.engine.sampler import cache_bytes, fit_to_memory
 from src.engine.scoring import CHUNK_ELEMENTS
 from src.engine.sharding import is_sharded
-from src.records import Group
+from src.records import Group, Problem
 
 logger = logging.getLogger("grpo")
+FEWEST_LOGITS = 2**22  # elements of a chunk at least; of the largest vocabularies 28 tokens
 
 
 @dataclass
@@ -27,34 +28,39 @@ class Limit:
 
     completions: int
     tokens: int | None  # in place of completions
+    head: int  # elements of a chunk's logits, tokens x vocabulary
 
     def cut(self, groups: list[Group], whole_groups: bool) -> list[list[Group]]:
         """Passes of this size."""
         return split_into_microbatches(groups, self.completions, self.tokens, whole_groups)
 
+    def least(self, other: dict[str, Any]) -> "Limit":
+        """The smaller of both, as of a run that goes on where memory had run out."""
+        tokens = [count for count in (self.tokens, other["tokens"]) if count is not None]
+        return Limit(
+            min(self.completions, other["completions"]), min(tokens, default=None), min(self.head, other["head"])
+        )
+
     def halve(self, groups: list[Group], whole_groups: bool, reason: str) -> None:
         """Half of the largest pass of these groups from now on; the gradient does not depend on it."""
         batches = self.cut(groups, whole_groups)
-        if all(len(batch) == 1 and (whole_groups or len(batch[0].episodes) == 1) for batch in batches):
+        smallest = all(len(batch) == 1 and (whole_groups or len(batch[0].episodes) == 1) for batch in batches)
+        if self.head > FEWEST_LOGITS:
+            self.head = max(FEWEST_LOGITS, self.head // 2)
+        elif smallest:
             raise ConfigError(
                 f"memory does not suffice for the update of a single {'group' if whole_groups else 'completion'} "
                 f"({reason}); lower training.max_gen_len, or set model.gradient_checkpointing: true"
             )
-        if self.tokens:
+        if smallest:
+            smaller = f"{self.head:,} logits at a time"
+        elif self.tokens:
             self.tokens = max(1, max(sum(group.tokens() for group in batch) for batch in batches) // 2)
             smaller = f"{self.tokens:,} tokens a pass"
         else:
             self.completions = max(1, max(sum(len(g.episodes) for g in batch) for batch in batches) // 2)
             smaller = f"{self.completions} completions a pass"
         logger.warning(f"out of memory in the update ({reason}); it is done again with {smaller}")
-
-
-def out_of_memory(error: Exception) -> str | None:
-    """The first line of an error that says so; on a CPU torch raises a plain RuntimeError."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    words = ("out of memory", "allocate memory", "enough memory")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in reason for word in words)
-    return reason if known else None
 
 
 def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bool, compute: Callable[[], Any]) -> Any:
@@ -78,8 +84,44 @@ def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bo
             limit.halve(groups, whole_groups, reason)
         except ConfigError as error:
             raise AloneError(str(error)) if world() > 1 else error from None
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(model.device)
+        if model.device.type == "cuda":  # the peak of what failed is not what is needed
+            torch.cuda.reset_peak_memory_stats(model.device)
+
+
+@dataclass
+class Rooms:
+    """Slots and prompts at a time of the rollouts so far, by their size: what fits, and never more than before.
+
+    Rounding depends on it, so it is part of the state: a resumed run does not take more because more is free.
+    """
+
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def rollout(self, model, problems: Sequence[Problem], samples: int, settings, sample: Callable) -> list[Group]:
+        """sample(room=...), in half the room when memory runs out; random numbers do not depend on it."""
+        size = f"{len(problems)} x {samples}"
+        while True:
+            fits = fit_to_memory(model, problems, samples, settings)
+            slots, prompts = (min(pair) for pair in zip(fits, self.sizes.get(size, fits), strict=True))
+            self.sizes[size] = (slots, prompts)
+            try:
+                return sample(room=(slots, prompts))
+            except (RuntimeError, MemoryError) as error:
+                reason = out_of_memory(error)
+                if reason is None:
+                    raise
+            # outside of the handler, whose traceback would keep the cache alive
+            if slots == prompts == 1:
+                raise ConfigError(
+                    f"memory does not suffice to decode a single completion ({reason}); lower training.max_gen_len or "
+                    f"training.max_prompt_len, or take a smaller model"
+                )
+            self.sizes[size] = (max(1, slots // 2), max(1, prompts // 2))
+            logger.warning(
+                f"out of memory in the rollout ({reason}); it is done again with {self.sizes[size][0]} completions at "
+                f"once"
+            )
 
 
 def memory_plan(config: Config, model, anchor) -> dict[str, int]:

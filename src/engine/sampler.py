@@ -24,7 +24,7 @@ from src.engine.cpu_weights import in_order_of_the_processor
 from src.engine.cuda_decoding import StepRunner, layout_for, own_stream, uses_graphs
 from src.engine.decoding import FEW, GroupedAttention, JoinedAttention, cache_shape, join
 from src.engine.ending import PLAIN, cut_episodes
-from src.engine.memory import free_memory
+from src.engine.memory import free_memory, give_back
 from src.engine.prefill import prefill
 from src.engine.profiling import phase
 from src.engine.scoring import head_logits
@@ -51,6 +51,7 @@ def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
 
 def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> tuple[int, int]:
     """Slots to decode in and prompts to prefill at a time, so that the caches fit into the free memory."""
+    give_back(model.device)
     wanted = min(settings.slots, len(problems) * samples)
     longest = max(len(problem.prompt_ids) for problem in problems)
     slot, prompt = cache_bytes(model, longest, settings.width)
@@ -142,8 +143,8 @@ class SlotDecoder:
         self.attention.start(slots, episodes // self.samples)
         self.episodes[slots] = episodes
         self.waiting += len(slots)
-        self.lengths[slots] = 0
-        self.ended[slots] = False
+        self.lengths.index_fill_(0, slots, 0)  # `[slots] = 0` would copy the 0 to the device, and wait
+        self.ended.index_fill_(0, slots, False)
         if self.turns is not None:
             self.turns.start(episodes.tolist())
         self.choose(self.prompt_hidden[episodes // self.samples], slots)
@@ -180,7 +181,7 @@ class SlotDecoder:
             # the last token of a turn is in the row, not yet in the cache; what was sampled after it is overwritten
             self.lengths[slots], self.current[slots] = last, current
             self.begins[episodes], self.limits[episodes] = begins, limits
-            self.ended[slots] = False
+            self.ended.index_fill_(0, slots, False)
             self.moved = True
             ended[slots.cpu()] = False
         return ended

@@ -72,8 +72,12 @@ def score(
     anchor=None,
     distances: Mapping[str, Distance] | None = None,
     chunk_tokens: int | None = None,
+    elements: int | None = None,
 ) -> Scores:
-    """Score a packed row; with an `anchor` model its log-probs too, and the `distances` to it."""
+    """Score a packed row; with an `anchor` model its log-probs too, and the `distances` to it.
+
+    `elements`: tokens x vocabulary of a chunk's logits, or so many `chunk_tokens`.
+    """
     distances = distances or {}
     if distances and anchor is None:
         raise ValueError(f"the distances {', '.join(distances)} are to an anchor, and none was asked for")
@@ -90,7 +94,7 @@ def score(
             anchor_hidden = hidden_states(anchor, row)  # [N, hidden]
     if chunk_tokens is None:
         vocabulary = model.config.get_text_config().vocab_size
-        chunk_tokens = max(1, CHUNK_ELEMENTS[hidden.device.type] // vocabulary)
+        chunk_tokens = max(1, (elements or CHUNK_ELEMENTS[hidden.device.type]) // vocabulary)
     parts = []
     for start in range(0, len(hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
