@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,23 @@ EXAMPLES = [
     f"python main.py --config examples/{name}.yaml --dataset_name {name}"
     for name in ("second_attempt", "higher_lower", "calculator")
 ]
+
+
+CHAIN_SUM = (
+    "uv run --with reasoning-gym==0.1.25 main.py --config configs/configs_gym/chain_sum_smollm2.yaml "
+    "--dataset_name rg:chain_sum"
+)
+
+
+@executes(CHAIN_SUM)
+def test_reasoning_gym(run, tmp_path, capsys):
+    """As far as the packages here allow; without reasoning-gym the line that says how to get it."""
+    model = ["model.pretrained_model_path=models/countdown-tiny", "model.dtype=float32", "training.max_prompt_len=500"]
+    code = run(CHAIN_SUM, *SHORT, NOT_FIRST, *model)
+    if find_spec("reasoning_gym"):
+        assert code == 0 and rows_of(tmp_path)[-1]["step"] == 1
+    else:
+        assert code == 2 and "uv run --with reasoning-gym==0.1.25 main.py" in capsys.readouterr().err
 
 
 @executes(*EXAMPLES)
