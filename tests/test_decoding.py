@@ -259,6 +259,28 @@ def test_a_capture_that_fails_says_why_and_not_only_that(monkeypatch, caplog):
     assert "(a copy from the host)" in caplog.text and not StepRunner.works
 
 
+def test_a_capture_that_fails_leaves_no_cache_alive(monkeypatch):
+    """A traceback that is kept would keep the step, and with it the decoder: memory of the next update."""
+    runner = StepRunner(torch.device("cpu"))
+    runner.pool = (0, 0)
+    monkeypatch.setattr(StepRunner, "works", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no")))
+
+    class Cache:
+        def step(self):
+            pass
+
+    cache = Cache()
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        runner.capture(cache.step)
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("version", ["2.11", "2.12", "2.13"])
 def test_flash_is_asked_without_splits_where_torch_takes_the_option(version, monkeypatch):
     """2.11 has no num_splits, 2.12 has it and refuses it, 2.13 takes it."""

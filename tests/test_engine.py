@@ -179,10 +179,10 @@ def test_a_resumed_run_decodes_in_as_many_slots_whatever_is_free(tmp_path, monke
     """Rounding depends on the slots (in bf16 tokens do): memory that has become free must not change a run."""
     engine = make_engine()
     problems = [Problem(index, (5, 6, 7), "", {}) for index in range(4)]
-    monkeypatch.setattr("src.engine.engine.fit_to_memory", lambda *arguments: (3, 2))
+    monkeypatch.setattr("src.engine.plan.fit_to_memory", lambda *arguments: (3, 2))
     engine.sample(problems, 2, stream=1)
     engine.state().write(tmp_path)
-    monkeypatch.setattr("src.engine.engine.fit_to_memory", lambda *arguments: (8, 4))
+    monkeypatch.setattr("src.engine.plan.fit_to_memory", lambda *arguments: (8, 4))
     again, decoded = make_engine(), []
     again.load(tmp_path)
     decoder = SlotDecoder.__init__

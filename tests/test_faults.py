@@ -27,6 +27,7 @@ from src.engine.plan import FEWEST_LOGITS, Limit
 from src.engine.scoring import CHUNK_ELEMENTS
 from src.prepare import prepare
 from src.run import run as run_module
+from src.run import run_folder as run_folder_of
 from src.run.checkpoint import newest_checkpoint
 from src.run.console import configure_logging
 from src.run.stop import StopSignal
@@ -280,6 +281,26 @@ def test_a_run_that_goes_on_takes_no_larger_passes_than_fitted_before(tmp_path):
     again = prepare(config_with("training.max_tokens_per_microbatch=50"), "countdown")
     again.engine.load(tmp_path / "saved")
     assert again.engine.limit == Limit(3, 50, 2**23)
+
+
+def test_a_run_in_which_memory_has_sufficed_takes_the_passes_that_the_config_now_allows(tmp_path):
+    run = prepare(config_with("training.micro_batch_size=2"), "countdown")
+    run.engine.begin(1)
+    run.engine.state().write(tmp_path / "saved")
+    again = prepare(config_with("training.micro_batch_size=16"), "countdown")
+    again.engine.load(tmp_path / "saved")
+    assert again.engine.limit == again.engine.configured and again.engine.limit.completions == 16
+
+
+def test_the_folder_of_a_mixture_of_many_families_has_a_name_that_a_file_system_takes(tmp_path):
+    config = config_with()
+    names = [
+        run_folder_of(config, "rg:" + "+".join(f"family{n}" for n in range(count)), tmp_path) for count in (40, 41)
+    ]
+    assert len({name.name for name in names}) == 2
+    for name in names:
+        name.mkdir(parents=True)
+    assert run_folder_of(config, "rg:chain_sum", tmp_path).name.endswith("_rg_chain_sum")
 
 
 # --- gradients and errors ---------------------------------------------------------------------------------------------

@@ -321,3 +321,20 @@ def test_the_audit_of_the_installed_package(monkeypatch, capsys):
     assert audit_reasoning_gym.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["families"] == len(FAMILIES) and result["failures"] == [] and result["wrong"] > 3000
+
+
+def test_a_worker_reserves_no_memory_for_each_processor(monkeypatch):
+    """OpenBLAS takes 40 MB of address space for each of them, and a worker has 2 GiB."""
+    found = []
+
+    class Started(Exception):
+        pass
+
+    def worker(*arguments, env, **options):
+        found.append(env)
+        raise Started
+
+    monkeypatch.setattr(grader, "Worker", worker)
+    with pytest.raises(Started):
+        grader.start_worker("src.tasks.gym_items", "{}")
+    assert {found[0][f"{name}_NUM_THREADS"] for name in ("OPENBLAS", "OMP", "MKL")} == {"1"}

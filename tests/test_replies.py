@@ -12,7 +12,7 @@ from examples.second_attempt import SecondAttempt
 from src.config import ConfigError, DataConfig
 from src.make_tiny_model import build_tokenizer
 from src.records import Episode, Group, Transcript
-from src.tasks import Conversation, Rewards, Task, make_problems
+from src.tasks import Conversation, Rewards, Task, answers_of, make_problems
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -98,7 +98,9 @@ def test_none_ends_the_episode():
         ("\ud800", "Echo.reply returned '\\ud800', not a text or None"),
     ],
 )
-def test_a_reply_that_is_no_text_raises_or_hangs_is_a_counted_fault_with_reward_0(said, words, monkeypatch, caplog):
+def test_a_reply_that_is_no_text_raises_or_hangs_is_a_counted_fault_with_reward_0(
+    said, words, monkeypatch, caplog, tmp_path
+):
     monkeypatch.setattr("src.tasks.guard.REWARD_SECONDS", 0.2)
     talk, problem = conversation(said=said)
     told = talk(problem, Transcript(["8"]), END)
@@ -113,6 +115,10 @@ def test_a_reply_that_is_no_text_raises_or_hangs_is_a_counted_fault_with_reward_
     assert [episode.reward for episode in group.episodes] == [1.0, 0.0, 0.0]
     assert [episode.reward_errors for episode in group.episodes] == [0, 1, 1] and rewards.errors == 2
     assert words in caplog.text and "reward 0 for 2 of 3 completions" in caplog.text
+    (tmp_path / "more.py").write_text("def kind(completions):\n    return [0.7 for _ in completions]\n")
+    with_function = Rewards(talk.task, DataConfig(reward_functions=[f"{tmp_path / 'more.py'}:kind"]))
+    (group,) = with_function.grade([Group(problem, (good, bad))])
+    assert [episode.reward for episode in group.episodes] == [1.7, 0.0], "text that breaks a reply earns nothing else"
     talk.task.data.on_reward_error = "stop"
     with pytest.raises(ConfigError, match="on_reward_error: zero"):
         rewards.grade([Group(problem, (bad,))])
@@ -171,6 +177,12 @@ def test_second_attempt():
     assert task.reward(Transcript([right, wrong], [told]), row)["answer"] == 0.0
     assert task.reward(Transcript([wrong], [right]), row)["answer"] == 0.0  # what was told is no answer
     assert task.reward(Transcript([right]), row)["first_attempt"] == 1.0
+
+
+def test_votes_are_those_of_the_last_turn():
+    texts = [Transcript([attempt("1 + 2"), attempt("2 + 1")], [attempt("3 + 0")]), Transcript([attempt("1 + 2"), "x"])]
+    assert answers_of(SecondAttempt(DataConfig()), texts) == ["2+1", None]
+    assert answers_of(Calculator(DataConfig()), [Transcript(["<answer>1</answer>", "<answer>2</answer>"])]) == ["2"]
 
 
 def test_higher_lower():

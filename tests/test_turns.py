@@ -143,6 +143,16 @@ def test_limits_end_an_episode_as_unfinished():
         assert any(not episode.finished for episode in group.episodes)
 
 
+@pytest.mark.parametrize("prompt", [30, 31, 200])
+def test_a_prompt_that_leaves_no_room_has_one_token_as_its_episode(prompt):
+    """It was sampled; nothing that was not is in it."""
+    packed, plain = make_pair("llama")
+    packed.config.max_position_embeddings = 30
+    (group,) = converse(packed, problems=make_prompts((prompt,)))
+    check_against_plain(plain, [group])
+    assert {len(episode.token_ids) for episode in group.episodes} == {1}
+
+
 def test_a_reply_that_is_broken_ends_the_episode():
     packed, _ = make_pair("llama")
     groups = converse(packed, reply=lambda *_: Told(broken="it raised"))

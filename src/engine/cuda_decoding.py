@@ -133,11 +133,11 @@ def layout_for(model) -> type[GroupedAttention] | type[JoinedAttention]:
     return FlashAttention if works else PaddedAttention
 
 
-def root_of(error: BaseException) -> BaseException:
-    """What an error came from in the first place."""
+def first_said(error: BaseException) -> str:
+    """What an error came from in the first place: the end of a capture that has failed says only that it has."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    return error
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class StepRunner:
@@ -184,8 +184,7 @@ class StepRunner:
             if out_of_memory(error):  # of this capture, and not of all: the rollout is done again with fewer slots
                 raise
             StepRunner.works = False
-            first = root_of(error)  # the end of a capture that has failed says only that it has
-            reason = (str(first) or type(first).__name__).splitlines()[0]
+            reason = first_said(error)
             logger.warning(f"decoding without CUDA graphs, which is slower: a step could not be captured ({reason})")
             return None
         return graph

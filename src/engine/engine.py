@@ -67,7 +67,8 @@ class Engine:
         self.tokenizer = load_tokenizer(config)
         training = config.training
         elements = CHUNK_ELEMENTS[self.device.type]
-        self.limit = Limit(training.micro_batch_size, training.max_tokens_per_microbatch, elements)
+        self.configured = Limit(training.micro_batch_size, training.max_tokens_per_microbatch, elements)
+        self.limit = replace(self.configured)  # a copy, which changes
         self.report: Callable[[str, Callable[[], float]], None] = lambda verb, share: None  # hears what is done
         self.reply: Callable[[Problem, Transcript, int], Told | None] | None = None  # of a task of several turns
         self.check_stop: Callable[[], None] = lambda: None  # raises where the step in progress may be given up
@@ -278,7 +279,8 @@ class Engine:
                 model = merged_model(model)
             return EngineState(model, self.tokenizer, full_state(model), None)
         tensors: dict[str, Any] = {"optimizer": full(self.optimizer.state_dict()), "rooms": self.rooms.sizes}
-        tensors["limit"] = asdict(self.limit)
+        if self.limit != self.configured:  # memory has run out
+            tensors["limit"] = asdict(self.limit)
         if self.config.training.reference_sync_steps:
             tensors["anchor"] = full(self.anchor.state_dict())
         return EngineState(model, self.tokenizer, full_state(model), tensors)
@@ -295,7 +297,9 @@ class Engine:
         except ValueError as error:
             raise ConfigError(f"{folder} does not fit this config: {error}; use --fresh to start over") from error
         self.rooms = Rooms(tensors["rooms"])
-        self.limit = self.limit.least(tensors.get("limit", asdict(self.limit)))
+        if "limit" in tensors:
+            self.limit = self.limit.least(tensors["limit"])
+            logger.info(f"memory had run out before: passes are of at most {self.limit}")
         if "anchor" in tensors:
             load_full_state(self.anchor, tensors["anchor"])
 

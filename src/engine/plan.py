@@ -30,6 +30,10 @@ class Limit:
     tokens: int | None  # in place of completions
     head: int  # elements of a chunk's logits, tokens x vocabulary
 
+    def __str__(self) -> str:
+        size = f"{self.tokens:,} tokens" if self.tokens else f"{self.completions} completions"
+        return f"{size} and {self.head:,} logits at a time"
+
     def cut(self, groups: list[Group], whole_groups: bool) -> list[list[Group]]:
         """Passes of this size."""
         return split_into_microbatches(groups, self.completions, self.tokens, whole_groups)

@@ -159,14 +159,15 @@ class SlotDecoder:
 
     def replied(self, ended: Tensor, turns: Turns) -> Tensor:
         """The ended slots without those that go on, told something: from the cached keys of what they have read."""
-        slots = ended.nonzero()[:, 0]
-        episodes = self.episodes[slots.to(self.tokens.device)]
-        rows = self.tokens[episodes].cpu().tolist()
+        occupied = self.episodes[: self.rows].tolist()
+        slots = [slot for slot in ended.nonzero()[:, 0].tolist() if turns.open[occupied[slot]].is_open]
         places: list[tuple[int, int]] = []  # episode and column of every token that is told
         ids: list[int] = []
         going: list[tuple[int, ...]] = []
-        for slot, episode, row in zip(slots.tolist(), episodes.tolist(), rows, strict=True):
-            found = turns.end_turn(episode, row) if turns.open[episode].is_open else None
+        rows = self.tokens[[occupied[slot] for slot in slots]].tolist() if slots else []
+        for slot, row in zip(slots, rows, strict=True):
+            episode = occupied[slot]
+            found = turns.end_turn(episode, row)
             if found is not None:
                 last, told = found
                 state = turns.open[episode]
@@ -174,16 +175,16 @@ class SlotDecoder:
                 ids += told.token_ids
                 going.append((slot, episode, last, row[last], state.begin, state.limit))
         if going:
-            slots, episodes, last, current, begins, limits = torch.tensor(going, device=self.tokens.device).T
+            again, episodes, last, current, begins, limits = torch.tensor(going, device=self.tokens.device).T
             if places:
-                where = torch.tensor(places, device=self.tokens.device).T
-                self.tokens[where[0], where[1]] = torch.tensor(ids, device=self.tokens.device)
+                rows_told, columns = torch.tensor(places, device=self.tokens.device).T
+                self.tokens[rows_told, columns] = torch.tensor(ids, device=self.tokens.device)
             # the last token of a turn is in the row, not yet in the cache; what was sampled after it is overwritten
-            self.lengths[slots], self.current[slots] = last, current
+            self.lengths[again], self.current[again] = last, current
             self.begins[episodes], self.limits[episodes] = begins, limits
-            self.ended.index_fill_(0, slots, False)
+            self.ended.index_fill_(0, again, False)
             self.moved = True
-            ended[slots.cpu()] = False
+            ended[[entry[0] for entry in going]] = False
         return ended
 
     def stopped(self, live: Tensor) -> list[int]:

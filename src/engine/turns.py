@@ -34,7 +34,7 @@ class Turns:
         self.open: list[Open] = []
         self.room: list[int] = []  # columns that a row can have at most
         for problem in problems:
-            room = min(settings.width, (positions or 2**60) - len(problem.prompt_ids))
+            room = max(1, min(settings.width, (positions or 2**60) - len(problem.prompt_ids)))
             self.room.append(room)
             self.open.append(Open(problem, min(settings.max_new_tokens, room)))
 

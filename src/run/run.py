@@ -5,6 +5,7 @@ step before the first weight has moved, a run can be left, and the finished step
 """
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from src.run.storage import RunLock, set_aside, write_file
 from src.run.telemetry import Telemetry
 
 logger = logging.getLogger("grpo")
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255
 MAX_BAD_STEPS = 5  # so many steps in a row without a finite gradient end the run
 Evaluate = Callable[["Run", int], dict[str, float]]
 
@@ -315,5 +317,8 @@ class Run:
 
 
 def run_folder(config: Config, dataset_name: str, work_dir: str | Path = ".") -> Path:
-    """Where a run of this config lives."""
-    return Path(work_dir) / "runs" / f"{config.name or Path(config.source).stem}_{dataset_name.replace(':', '_')}"
+    """Where a run of this config lives; a mixture of many families would be too long for the name of a folder."""
+    name = f"{config.name or Path(config.source).stem}_{dataset_name.replace(':', '_')}"
+    if len(name.encode()) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}_{hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()}"
+    return Path(work_dir) / "runs" / name

@@ -37,7 +37,8 @@ def confidence(values: list[float]) -> float:
 
 
 def answers_of(task, texts: Iterable[str]) -> list[str | None]:
-    """The answers that are voted on: by the task's answer_of if it has one, else final_answer."""
+    """The answers that are voted on: by the task's answer_of if it has one, else final_answer; of the last turn."""
+    texts = [getattr(text, "turns", (text,))[-1] for text in texts]
     if not hasattr(task, "answer_of"):
         return [final_answer(text) for text in texts]
     answers = [guarded(partial(task.answer_of, text)) for text in texts]

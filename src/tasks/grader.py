@@ -29,6 +29,8 @@ WORKER_SECONDS = 0.45  # of processor time for an answer: 3 times what the slowe
 WORKER_MEMORY = 2 << 30  # bytes of address space
 WORKER_START_SECONDS = 120
 LONGEST_REQUEST = 60_000  # bytes: it fits into the pipe, so that writing it cannot block
+# sympy orders by hash: the same answer, the same verdict. OpenBLAS reserves 40 MB a processor, which counts as memory
+ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
 TIRED = 3  # exit code of a child that another one should follow
 
 
@@ -49,7 +51,7 @@ def start_worker(module: str, missing: str) -> Worker:
         stderr=subprocess.DEVNULL,
         bufsize=0,
         start_new_session=True,  # a Ctrl-C in the terminal is not for it
-        env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy orders by hash: the same answer, the same verdict
+        env=os.environ | ENVIRONMENT,
     )
     try:
         greeting = read_line(worker, WORKER_START_SECONDS)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from reprlib import repr as short_repr  # bounded, and it survives a __repr__ that raises
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ class Rewards:
         errors = [sum(fault is not None for fault in row) for row in zip(*faults.values(), strict=True)]
         graded = []
         for (_, episode), row, given, wrong in zip(pairs, terms, parts, errors, strict=True):
-            if zero_truncated and not episode.finished:
+            if episode.broken or (zero_truncated and not episode.finished):
                 row = [(weight, 0.0) for weight, _ in row]
             total = sum(weight * value for weight, value in row)
             earned = replace(episode, reward=total, rewards=tuple(row), reward_parts=given, reward_errors=wrong)
@@ -142,10 +143,7 @@ class Rewards:
 
     def task_parts(self, episode: "Episode", row: dict) -> tuple[dict[str, float], Fault | None]:
         """The task's own reward of one completion in its parts; all 0 after an error."""
-        # a copy: the next completion must be graded against the same row
-        given = guarded(lambda: self.task.reward(episode.text, copy.deepcopy(row)))
-        if episode.broken:
-            given = Fault(episode.broken)
+        given = Fault(episode.broken) if episode.broken else guarded(partial(self.of_task, episode.text, row))
         number = number_of(given)
         if isinstance(given, dict):
             parts = self.check_parts(given)
@@ -161,6 +159,10 @@ class Rewards:
                 wrong = Fault(f"gave {part} = {value}, not a finite number")
                 return dict.fromkeys(parts, 0.0), self.noted(self.task_name, wrong)
         return parts, None
+
+    def of_task(self, text: str, row: dict) -> Any:
+        # a copy: the next completion must be graded against the same row
+        return self.task.reward(text, copy.deepcopy(row))
 
     def check_parts(self, given: dict) -> dict[str, float]:
         """The parts as floats. A dict that is made wrong is an error at once, whatever data.on_reward_error says."""
