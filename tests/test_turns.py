@@ -46,21 +46,28 @@ def turns_of(episode: Episode) -> list[tuple[int, int]]:
     return [(a, b) for a, b in zip(edges, ends, strict=True) if episode.written[a]]
 
 
-def check_against_plain(plain, groups: list[Group], seed=7, new=24) -> None:
-    """Every written token is what transformers' own logits and the token's own random number give, with its log-prob;
-    every other one is what was told."""
+def check_sampled(plain, groups: list[Group], seed=7) -> None:
+    """Every written token is what transformers' logits and the token's own random number give, with its log-prob."""
     options = type("Settings", (), {"temperature": 1.0})
     for group in groups:
         prompt = group.problem.prompt_ids
         for number, episode in enumerate(group.episodes):
-            ids, written = episode.token_ids, episode.written
+            ids = episode.token_ids
             with torch.no_grad():
                 logits = plain(torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            columns = torch.tensor([place for place, own in enumerate(written) if own])
+            columns = torch.tensor([place for place, own in enumerate(episode.written) if own])
             keys = torch.full((len(columns),), episode_key(seed, 0, group.problem.index, number))
             tokens, logprobs = choose_tokens(logits[columns].clone(), options, keys, columns)
             assert tokens.tolist() == [ids[column] for column in columns]
             assert (logprobs - torch.tensor(episode.logprobs)).abs().max() < 1e-4
+
+
+def check_against_plain(plain, groups: list[Group], new=24) -> None:
+    """As above, and every other token is what was told."""
+    check_sampled(plain, groups)
+    for group in groups:
+        for episode in group.episodes:
+            ids, written = episode.token_ids, episode.written
             turn = 0
             place = 0
             while place < len(ids):  # read it as a reader would
@@ -164,7 +171,7 @@ def test_a_reply_that_is_broken_ends_the_episode():
 @pytest.mark.parametrize("slots", [64, 3])
 def test_stop_strings_end_a_turn_and_those_that_were_told_do_not(slots):
     """The text that is told has the stop string in it, as a user's message may."""
-    packed, _ = make_pair("llama")
+    packed, plain = make_pair("llama")
     free = [e for g in sample(packed, 8, eos=(0,)) for e in g.episodes]
     stop = max({t for e in free for t in e.token_ids}, key=lambda t: sum(t in e.token_ids[3:] for e in free))
     text = TOKENIZER.decode([stop])
@@ -175,6 +182,7 @@ def test_stop_strings_end_a_turn_and_those_that_were_told_do_not(slots):
         return Told((stop, 3, stop), text + "x" + text)
 
     groups = converse(packed, reply=answer, eos=(0,), stop_strings=(text,), slots=slots, max_turns=3)
+    check_sampled(plain, groups)
     for episode in (e for g in groups for e in g.episodes):
         for (begin, end), turn in zip(turns_of(episode)[:-1], episode.text.turns, strict=False):
             assert turn == TOKENIZER.decode(episode.token_ids[begin:end], skip_special_tokens=True)

@@ -192,8 +192,7 @@ class SlotDecoder:
         stops = self.settings.stop_strings
         reach = SYNC_EVERY + max(len(stop.encode()) for stop in stops)  # a token is at least a byte
         slots = live.to(self.tokens.device)
-        begins = torch.zeros_like(slots) if self.turns is None else self.begins[self.episodes[slots]]
-        first = torch.maximum(self.lengths[slots] + 1 - reach, begins)
+        first = (self.lengths[slots] + 1 - reach).clamp(min=0)
         columns = first[:, None] + torch.arange(reach, device=first.device)  # [l, reach]
         written = columns <= self.lengths[slots, None]
         columns = columns.clamp(max=self.settings.width)
@@ -201,9 +200,14 @@ class SlotDecoder:
         tails = [row[:count] for row, count in zip(tails, written.sum(1).tolist(), strict=True)]
         texts = self.tokenizer.batch_decode(tails, **PLAIN)
         hits = [slot for slot, text in zip(live.tolist(), texts, strict=True) if any(stop in text for stop in stops)]
-        begin = dict(zip(live.tolist(), begins.tolist(), strict=True))
-        full = {slot: self.tokens[self.episodes[slot], begin[slot] : self.lengths[slot] + 1].tolist() for slot in hits}
+        full = {slot: self.turn_so_far(slot) for slot in hits}
         return [slot for slot in hits if any(stop in self.tokenizer.decode(full[slot], **PLAIN) for stop in stops)]
+
+    def turn_so_far(self, slot: int) -> list[int]:
+        """What is written in the turn that a slot is in."""
+        episode = self.episodes[slot]
+        begin = 0 if self.turns is None else self.begins[episode]
+        return self.tokens[episode, begin : self.lengths[slot] + 1].tolist()
 
     def refill(self) -> bool:
         """Give free slots to waiting episodes, or bring the live ones together. False when nothing is left to do."""
