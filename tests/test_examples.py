@@ -11,7 +11,10 @@ from transformers import AutoTokenizer
 
 import main
 from examples.make_model import TEMPLATE, WORDS, conversation_batch
+from src.config import load_config
+from src.engine.plan import memory_plan
 from src.make_tiny_model import build_tokenizer
+from src.prepare import prepare
 from src.run.reading import read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -71,3 +74,13 @@ def test_what_a_demonstration_is_told_is_not_learned():
         assert text.endswith("<|end|>") or not text  # a first attempt that is right, where it was to fail
         assert "<|user|>" not in text and "Try again" not in text and "higher" not in text
         assert tokenizer.unk_token_id not in row
+
+
+@pytest.mark.parametrize("dataset, told", [("second_attempt", 32), ("countdown", 0)])
+def test_where_a_task_replies_memory_and_cache_are_planned_for_all_that_may_be_told(dataset, told):
+    """One reply, as long as max_prompt_len."""
+    run = prepare(load_config(PROJECT / "examples" / "second_attempt.yaml", SHORT), dataset, PROJECT)
+    (episode, *_) = run.engine.longest_groups()[0].episodes
+    assert len(episode.token_ids) == run.config.training.max_gen_len + told
+    plain = memory_plan(load_config(PROJECT / "examples" / "second_attempt.yaml", SHORT), run.engine.model, None)
+    assert (memory_plan(run.config, run.engine.model, None)["rollout"] > plain["rollout"]) == (told > 0)
