@@ -19,7 +19,7 @@ from examples.calculator import Calculator
 from examples.higher_lower import HigherLower, guess_of
 from examples.second_attempt import SecondAttempt
 from src.config import DataConfig
-from src.make_tiny_model import LIMIT, build_tokenizer, demonstration, train_stage
+from src.make_tiny_model import LIMIT, build_tokenizer, demonstration, save, train_stage
 from src.records import Transcript
 from src.rl_datasets import random_expression
 
@@ -139,10 +139,7 @@ def main() -> None:
             model.save_pretrained(arguments.keep_first_stage)
     habit = partial(conversation_batch, generator, tokenizer, 64, arguments.right_share)
     train_stage(model, habit, arguments.habit_steps, 5e-4, 5e-5, "habit")
-    model.bfloat16().save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
-    size = sum(file.stat().st_size for file in Path(arguments.output).iterdir())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.2f} MB in {arguments.output}")
+    save(model, tokenizer, arguments.output)
 
 
 if __name__ == "__main__":

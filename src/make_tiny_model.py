@@ -137,6 +137,14 @@ def accuracy(model, tokenizer, split: str, problems: int = 256, samples: int = 4
     return result
 
 
+def save(model, tokenizer, folder: str) -> None:
+    """In bf16, and its size."""
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.2f} MB in {folder}")
+
+
 def main() -> None:
     """Train both stages, print what the model can do after each, and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,10 +186,7 @@ def main() -> None:
     habit = partial(demonstration_batch, generator, tokenizer, 64, arguments.solution_share)
     train_stage(model, habit, arguments.habit_steps, 5e-4, 5e-5, "habit")
     print("after habit, validation:", json.dumps(accuracy(model, tokenizer, "validation")), flush=True)
-    model.bfloat16().save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
-    size = sum(file.stat().st_size for file in Path(arguments.output).iterdir())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.2f} MB in {arguments.output}")
+    save(model, tokenizer, arguments.output)
 
 
 if __name__ == "__main__":

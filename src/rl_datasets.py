@@ -13,7 +13,6 @@ None, and the episode is over. Then `text`, here and in `reward`, is a Transcrip
 Nothing heavy is imported here before it is needed, so that `main.py --help` stays instant.
 """
 
-import hashlib
 import inspect
 import json
 import random
@@ -44,6 +43,7 @@ from src.tasks import (
     own_tasks,
     parse_number,
     plain_expression,
+    split_of_text,
     text_of,
 )
 
@@ -101,8 +101,7 @@ def whole_number(value) -> int:
 
 def split_of(numbers: list[int]) -> str:
     """Split a problem belongs to, by a hash of its multiset of numbers: no multiset is in two splits."""
-    digest = hashlib.md5(" ".join(map(str, sorted(numbers))).encode(), usedforsecurity=False).digest()
-    return {0: "test", 1: "validation"}.get(digest[0] % 10, "train")
+    return split_of_text(" ".join(map(str, sorted(numbers))))
 
 
 class Countdown(Task):

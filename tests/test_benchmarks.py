@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fp32_head, ot_figure, ot_scale, step, update
+from benchmarks import fp32_head, ot_figure, ot_scale, step, turns, update
 from src.records import Episode, Group, Problem
 
 SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick"]
@@ -99,3 +99,9 @@ def test_a_renamed_cell_of_the_notebook_ends_the_figure(tmp_path):
     (tmp_path / "renamed.ipynb").write_text(renamed, encoding="utf-8")
     with pytest.raises(SystemExit, match="0 cells define 'draw'"):
         ot_figure.drawn_by(tmp_path / "renamed.ipynb")
+
+
+def test_the_three_ways_to_a_second_turn_make_as_many_tokens_and_are_timed(monkeypatch, capsys):
+    """The benchmark itself fails where one makes other lengths."""
+    result = result_of(turns, monkeypatch, capsys, "--shape", "tiny", "--quick", smallest=[])
+    assert set(result["median"]) == {"reply", "again", "one turn"} and min(result["median"].values()) > 0

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 from src.engine import cuda_decoding, sampler
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention
-from src.engine.memory import packed, unpacked, upload
 from src.engine.packing import pack
 from src.engine.sampler import SlotDecoder, cache_bytes, fit_to_memory
 from src.engine.scoring import score
+from src.engine.upload import packed, unpacked, upload
 
 # where the host waits for the device, or a shape depends on data: isin sorts when there are many, and lift_fresh is
 # torch.tensor(...), which copies to the device

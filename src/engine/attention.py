@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 import src.engine.cpu_attention as cpu_attention
 from src.config import ConfigError
-from src.engine.memory import upload
+from src.engine.upload import upload
 
 varlen_attn: Any  # None where torch has none
 try:  # torch >= 2.10; CUDA only
@@ -59,9 +59,8 @@ class PackedAttention:
                 for s, n, p, m in zip(starts, lengths, prefix_starts, prefix_lengths, strict=True)
             ]
             whole = [torch.from_numpy(np.concatenate(keys)), cumulative(lengths), cumulative(lengths + prefix_lengths)]
-            self.key_index, self.cumulative_queries, self.cumulative_keys = upload(
-                whole, device
-            )  # the last two [S + 1]
+            # [keys], [S + 1], [S + 1]
+            self.key_index, self.cumulative_queries, self.cumulative_keys = upload(whole, device)
             self.longest_query = int(lengths.max())
             return
         # prompts have no prefix and completions do: two tiles keep a long prompt from padding short completions

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine.decoding import GroupedAttention, JoinedAttention, cache_shape
-from src.engine.memory import out_of_memory
+from src.engine.memory import causes, out_of_memory
 
 logger = logging.getLogger("grpo")
 
@@ -133,13 +133,6 @@ def layout_for(model) -> type[GroupedAttention] | type[JoinedAttention]:
     return FlashAttention if works else PaddedAttention
 
 
-def first_said(error: BaseException) -> str:
-    """What an error came from in the first place: the end of a capture that has failed says only that it has."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 class StepRunner:
     """Runs a step many times. On CUDA as a graph for each shape, captured when the shape comes up first.
 
@@ -184,7 +177,7 @@ class StepRunner:
             if out_of_memory(error):  # of this capture, and not of all: the rollout is done again with fewer slots
                 raise
             StepRunner.works = False
-            reason = first_said(error)
+            reason = [line for _, line in causes(error)][-1]  # the end of a failed capture says only that it failed
             logger.warning(f"decoding without CUDA graphs, which is slower: a step could not be captured ({reason})")
             return None
         return graph

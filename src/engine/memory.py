@@ -1,15 +1,14 @@
-"""How much memory a device has taken and how much it could still give; and one copy to it in place of many."""
+"""How much memory a device has taken and how much it could still give."""
 
 import ctypes
 import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 
 def peak_memory(device: torch.device) -> int:
@@ -68,39 +67,17 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def out_of_memory(error: BaseException | None) -> str | None:
+def causes(error: BaseException | None) -> Iterator[tuple[BaseException, str]]:
+    """An error and what it came from, one after the other, each with its first line."""
+    while error is not None:
+        yield error, (str(error) or type(error).__name__).splitlines()[0]
+        error = error.__cause__ or error.__context__
+
+
+def out_of_memory(error: BaseException) -> str | None:
     """The first line of an error that says so, or of one that it came from; on a CPU torch raises a RuntimeError."""
     words = ("out of memory", "allocate memory", "enough memory")
-    while error is not None:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in reason for word in words):
+    for cause, reason in causes(error):
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or any(word in reason for word in words):
             return reason
-        error = error.__cause__ or error.__context__
     return None
-
-
-def upload(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """The tensors on the device: to a GPU in one copy that does not wait for it, since each alone would."""
-    if torch.device(device).type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return unpacked(packed(tensors).pin_memory().to(device, non_blocking=True), tensors)
-
-
-def room_of(tensor: Tensor) -> int:
-    """Bytes of a tensor in a buffer where each begins at a place for any type."""
-    return -(-tensor.nbytes // 16) * 16
-
-
-def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors end to end as bytes."""
-    whole = torch.zeros(sum(map(room_of, tensors)), dtype=torch.uint8)
-    for piece, tensor in zip(whole.split([room_of(tensor) for tensor in tensors]), tensors, strict=True):
-        piece[: tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-    return whole
-
-
-def unpacked(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of packed bytes, of the tensors' types and shapes."""
-    pieces = whole.split([room_of(tensor) for tensor in tensors])
-    pairs = zip(pieces, tensors, strict=True)
-    return [piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for piece, tensor in pairs]

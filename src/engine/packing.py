@@ -7,14 +7,15 @@ len(prompt). A completion attends to its prompt and to itself, never to its sibl
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from src.engine.attention import PackedAttention
-from src.engine.memory import upload
 from src.engine.profiling import phase
+from src.engine.upload import upload
 from src.records import Batch, Episode, Group
 
 
@@ -53,58 +54,43 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
             before = [prompt_start + len(prompt) - 1, *range(start, start + length - 1)]
             predictors.extend(of_written(episode, before))
             targets.extend(of_written(episode, episode.token_ids))
-    episodes = [episode for piece in pieces for episode in piece.episodes]
-    lengths = torch.tensor([episode.length for episode in episodes])
-    episode_index = torch.arange(len(episodes)).repeat_interleave(lengths)  # [N]
+    whole = [torch.tensor(row, dtype=torch.long) for row in ([ids], [positions], predictors, targets)]
+    columns = columns_of(pieces)
+    input_ids, position_ids, predictor_index, token_ids, *there = upload([*whole, *columns.values()], device)
+    found: dict[str, Any] = {"sampled_logprobs": None, "old_logprobs": None}
+    found |= dict(zip(columns, there, strict=True))
+    starts, sizes, prefix_starts, prefix_sizes = np.array(segments).T
+    plan = PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype)
+    return Pass(input_ids, position_ids, plan, predictor_index, Batch(token_ids=token_ids, groups=len(pieces), **found))
 
-    def each(values: Iterable, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(list(values), dtype=kind)
+
+def columns_of(pieces: list[Group]) -> dict[str, Tensor]:
+    """What a Batch has of its episodes; of log-probs those that there are."""
+    episodes = [episode for piece in pieces for episode in piece.episodes]
+    lengths = torch.tensor([episode.length for episode in episodes])  # [E]
+    episode_index = torch.arange(len(episodes)).repeat_interleave(lengths)  # [N]
 
     def flat(rows: Iterable[tuple[float, ...] | None]) -> Tensor | None:
         """[N], or None where an episode has none."""
         filled = [row for row in rows if row]
         if 0 < len(filled) < len(episodes):
             raise ValueError("either each episode of a pass has log-probs and advantages, or none has")
-        return each(value for row in filled for value in row) if filled else None
+        return torch.tensor([value for row in filled for value in row]) if filled else None
 
-    columns = {
-        "ids": each(ids, torch.long)[None],
-        "positions": each(positions, torch.long)[None],
-        "predictors": each(predictors, torch.long),
-        "targets": each(targets, torch.long),
-        "episode_index": episode_index,
-        "group_index": each((index for index, piece in enumerate(pieces) for _ in piece.episodes), torch.long),
-        "lengths": lengths,
-        "weights": each(episode.token_weight for episode in episodes)[episode_index],
-        "episode_weights": each(episode.episode_weight for episode in episodes),
-        "rewards": each(episode.reward for episode in episodes),
+    optional = {
+        "advantages": flat(episode.advantages for episode in episodes),
+        "sampled_logprobs": flat(episode.logprobs for episode in episodes),
+        "old_logprobs": flat(episode.old_logprobs for episode in episodes),
     }
-    for name in ("advantages", "logprobs", "old_logprobs"):
-        column = flat(getattr(episode, name) for episode in episodes)
-        if column is not None:
-            columns[name] = column
-    there = dict(zip(columns, upload(list(columns.values()), device), strict=True))
-    batch = Batch(
-        token_ids=there["targets"],
-        episode_index=there["episode_index"],
-        group_index=there["group_index"],
-        lengths=there["lengths"],
-        weights=there["weights"],
-        episode_weights=there["episode_weights"],
-        advantages=there["advantages"] if "advantages" in there else torch.zeros(len(targets), device=device),
-        rewards=there["rewards"],
-        sampled_logprobs=there.get("logprobs"),
-        old_logprobs=there.get("old_logprobs"),
-        groups=len(pieces),
-    )
-    starts, sizes, prefix_starts, prefix_sizes = np.array(segments).T
-    return Pass(
-        input_ids=there["ids"],
-        position_ids=there["positions"],
-        attention_plan=PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype),
-        predictor_index=there["predictors"],
-        batch=batch,
-    )
+    return {
+        "episode_index": episode_index,
+        "group_index": torch.tensor([index for index, piece in enumerate(pieces) for _ in piece.episodes]),
+        "lengths": lengths,
+        "weights": torch.tensor([float(episode.token_weight) for episode in episodes])[episode_index],
+        "episode_weights": torch.tensor([float(episode.episode_weight) for episode in episodes]),
+        "advantages": torch.zeros(len(episode_index)),
+        "rewards": torch.tensor([float(episode.reward) for episode in episodes]),
+    } | {name: column for name, column in optional.items() if column is not None}
 
 
 def of_written(episode: Episode, values: Sequence[int]) -> Sequence[int]:

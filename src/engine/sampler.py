@@ -117,7 +117,7 @@ class SlotDecoder:
             self.turns = Turns(tokenizer, each, settings, positions)
             # of each episode [episodes]: where the turn that it is in begins, and where the episode ends
             self.begins = torch.zeros(total, dtype=torch.long, device=device)
-            self.limits = torch.tensor([state.limit for state in self.turns.open], device=device)
+            self.limits = torch.tensor([state.limit for state in self.turns.states], device=device)
 
     @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
@@ -160,7 +160,7 @@ class SlotDecoder:
     def replied(self, ended: Tensor, turns: Turns) -> Tensor:
         """The ended slots without those that go on, told something: from the cached keys of what they have read."""
         occupied = self.episodes[: self.rows].tolist()
-        slots = [slot for slot in ended.nonzero()[:, 0].tolist() if turns.open[occupied[slot]].is_open]
+        slots = [slot for slot in ended.nonzero()[:, 0].tolist() if turns.states[occupied[slot]].is_open]
         places: list[tuple[int, int]] = []  # episode and column of every token that is told
         ids: list[int] = []
         going: list[tuple[int, ...]] = []
@@ -170,7 +170,7 @@ class SlotDecoder:
             found = turns.end_turn(episode, row)
             if found is not None:
                 last, told = found
-                state = turns.open[episode]
+                state = turns.states[episode]
                 places += [(episode, column) for column in range(last + 1, state.begin)]
                 ids += told.token_ids
                 going.append((slot, episode, last, row[last], state.begin, state.limit))

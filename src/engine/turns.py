@@ -11,11 +11,12 @@ from src.records import Episode, Problem, Told, Transcript
 
 
 @dataclass
-class Open:
+class Conversing:
     """An episode that may go on: columns of its row, and what was written and told so far."""
 
     problem: Problem
-    limit: int  # its row ends here
+    room: int  # columns that its row can have at most
+    limit: int  # as of now it ends here
     begin: int = 0  # of the turn
     finished: bool = False
     broken: str = ""
@@ -31,22 +32,20 @@ class Turns:
     def __init__(self, tokenizer, problems: Iterable[Problem], settings: SamplingSettings, positions: int | None):
         """A problem for each episode; `positions`: tokens of the longest text the model can read, None: any."""
         self.tokenizer, self.settings = tokenizer, settings
-        self.open: list[Open] = []
-        self.room: list[int] = []  # columns that a row can have at most
+        self.states: list[Conversing] = []
         for problem in problems:
             room = max(1, min(settings.width, (positions or 2**60) - len(problem.prompt_ids)))
-            self.room.append(room)
-            self.open.append(Open(problem, min(settings.max_new_tokens, room)))
+            self.states.append(Conversing(problem, room, min(settings.max_new_tokens, room)))
 
     def start(self, episodes: Sequence[int]) -> None:
         for episode in episodes:
-            self.open[episode].is_open = True
+            self.states[episode].is_open = True
 
     def end_turn(self, episode: int, row: list[int]) -> tuple[int, Told] | None:
         """A turn is over, by an end token, a stop string or its limit: the column of its last token, and what the
         policy is told then; None if the episode is over. `row`: its tokens, junk after the end.
         """
-        state, settings = self.open[episode], self.settings
+        state, settings = self.states[episode], self.settings
         ids = row[state.begin : state.limit]
         end = next((place for place, token in enumerate(ids) if token in settings.eos_ids), None)
         ids = ids if end is None else ids[: end + 1]
@@ -61,7 +60,7 @@ class Turns:
         if state.finished and len(state.texts) < settings.max_turns and settings.reply is not None:
             told = settings.reply(state.problem, Transcript(state.texts, state.told), ids[-1])
         count = 0 if told is None else len(told.token_ids)
-        begin, limit = last + 1 + count, min(state.limit + count, self.room[episode])
+        begin, limit = last + 1 + count, min(state.limit + count, state.room)
         if told is None or told.broken or begin >= limit:
             state.is_open = False
             state.broken = "" if told is None else told.broken
@@ -74,7 +73,7 @@ class Turns:
     def episodes(self, tokens: Tensor, logprobs: Tensor) -> list[Episode]:
         """Rows of tokens and log-probs [episodes, width] as episodes."""
         found = []
-        for state, ids, scores in zip(self.open, tokens.tolist(), logprobs.tolist(), strict=True):
+        for state, ids, scores in zip(self.states, tokens.tolist(), logprobs.tolist(), strict=True):
             end = state.written[-1][1]
             written = [False] * end
             for begin, stop in state.written:

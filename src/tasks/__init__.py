@@ -24,6 +24,7 @@ from src.tasks.task import (
     load_eval_rows,
     load_train_rows,
     own_tasks,
+    split_of_text,
     text_of,
 )
 from src.tasks.turns import Conversation
@@ -64,6 +65,7 @@ __all__ = [
     "plain_expression",
     "ranking_metrics",
     "solved",
+    "split_of_text",
     "summarize",
     "text_of",
 ]

@@ -4,7 +4,6 @@ The package is no dependency of ours, and is imported where such a task is made.
 family is graded is in gym_families.py.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ from src.tasks.grader import Grader
 from src.tasks.gym_families import CASELESS, EXPRESSION, FAMILIES, NUMBER, REFUSED, SCORER, VERSION
 from src.tasks.gym_items import entry_of
 from src.tasks.numbers import parse_number
-from src.tasks.task import GENERATED_EVAL_SIZE, SPLITS, Task
+from src.tasks.task import GENERATED_EVAL_SIZE, SPLITS, Task, split_of_text
 
 logger = logging.getLogger("grpo")
 GYM_PREFIX = "rg:"
@@ -76,12 +75,6 @@ def parameters_of(families: list[str], known: dict, given: dict | None) -> dict[
     return {family: json.dumps(of_family.get(family, {}), default=str) for family in families}
 
 
-def split_of(question: str) -> str:
-    """The split a question belongs to, by a hash of its text: a tenth each is for test and validation."""
-    digest = hashlib.md5(question.encode(), usedforsecurity=False).digest()
-    return {0: "test", 1: "validation"}.get(digest[0] % 10, "train")
-
-
 def spelling(how: str, answer: str) -> str:
     """An answer in the form in which two that say the same are the same text."""
     text = NO_BLANK_BESIDE.sub(r"\1", " ".join(answer.split()))
@@ -100,8 +93,8 @@ class ReasoningGym(Task):
     """Problems of one family, or of several in turn; each is a function of data.seed and its number.
 
     Problems are numbered 0, 1, 2, ...; number i is the family's item i, which it makes from seed + i. The text of the
-    question decides the split (`split_of`), so that no problem and no question is in two of them, whatever train_size
-    and eval_size are. A split is its first problems in order; an evaluation has no question twice.
+    question decides the split, so that no problem and no question is in two of them, whatever train_size and
+    eval_size are. A split is its first problems in order; an evaluation has no question twice.
     """
 
     user_prompt = (
@@ -159,7 +152,7 @@ class ReasoningGym(Task):
             if item == len(self.rows):
                 self.rows.append(self.make_row(item))
             row = self.rows[item]
-            if row and split_of(row["question"]) == split and not (held_out and row["question"] in questions):
+            if row and split_of_text(row["question"]) == split and not (held_out and row["question"] in questions):
                 questions.add(row["question"])
                 found.append(row)
             if len(found) == size:

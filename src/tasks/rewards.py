@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from reprlib import repr as short_repr  # bounded, and it survives a __repr__ that raises
 from typing import TYPE_CHECKING, Any
@@ -143,7 +142,10 @@ class Rewards:
 
     def task_parts(self, episode: "Episode", row: dict) -> tuple[dict[str, float], Fault | None]:
         """The task's own reward of one completion in its parts; all 0 after an error."""
-        given = Fault(episode.broken) if episode.broken else guarded(partial(self.of_task, episode.text, row))
+        if episode.broken:
+            return {"reward": 0.0, "answer": 0.0}, self.noted(self.task_name, Fault(episode.broken))
+        # a copy: the next completion must be graded against the same row
+        given = guarded(lambda: self.task.reward(episode.text, copy.deepcopy(row)))
         number = number_of(given)
         if isinstance(given, dict):
             parts = self.check_parts(given)
@@ -159,10 +161,6 @@ class Rewards:
                 wrong = Fault(f"gave {part} = {value}, not a finite number")
                 return dict.fromkeys(parts, 0.0), self.noted(self.task_name, wrong)
         return parts, None
-
-    def of_task(self, text: str, row: dict) -> Any:
-        # a copy: the next completion must be graded against the same row
-        return self.task.reward(text, copy.deepcopy(row))
 
     def check_parts(self, given: dict) -> dict[str, float]:
         """The parts as floats. A dict that is made wrong is an error at once, whatever data.on_reward_error says."""
