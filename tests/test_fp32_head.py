@@ -57,8 +57,8 @@ def test_policy_and_anchor_are_scored_as_exactly_as_their_hidden_states_allow(ke
     errors = {}
     for options in (BF16, WIDE):
         engine, row = make_engine(*keys, *options), make_row(dtype=torch.bfloat16)
-        for chunk_tokens in (None, 4):
-            scores = score(engine.model, row, 1.0, engine.anchor, {"kl": "reverse"}, chunk_tokens)
+        for elements in (None, 4 * engine.model.config.vocab_size):
+            scores = score(engine.model, row, 1.0, engine.anchor, {"kl": "reverse"}, elements)
             head = engine.model.get_output_embeddings()
             ids = row.batch.token_ids
             for hidden, found in ((scores.hidden, scores.logprobs), (scores.anchor_hidden, scores.anchor_logprobs)):
@@ -99,11 +99,12 @@ def test_the_sampler_draws_from_the_same_logits(reordered, untied, untied_folder
 def test_gradients_are_those_of_the_exact_logits():
     engine, row = make_engine(*WIDE), make_row(dtype=torch.bfloat16)
     head = engine.model.get_output_embeddings()
-    for chunk_tokens, tolerance in ((None, 4e-3), (4, 1e-2)):  # gradients of chunks are added up in bf16
+    chunk = 4 * engine.model.config.vocab_size
+    for elements, tolerance in ((None, 4e-3), (chunk, 1e-2)):  # gradients of chunks are added up in bf16
         hidden = score(engine.model, row, 1.0).hidden.detach().requires_grad_()
         with patch("src.engine.scoring.hidden_states", return_value=hidden):
             engine.model.zero_grad()
-            score(engine.model, row, 1.0, chunk_tokens=chunk_tokens).logprobs.sum().backward()
+            score(engine.model, row, 1.0, elements=elements).logprobs.sum().backward()
         weight, exact = head.weight.detach().double().requires_grad_(), hidden.detach().double().requires_grad_()
         logits = F.linear(exact, weight)  # [N, vocab]
         logits.log_softmax(-1).gather(1, row.batch.token_ids[:, None]).sum().backward()

@@ -188,7 +188,8 @@ def test_scores_and_gradients_equal_those_of_two_plain_models(name, checkpointin
     assert kl.min() > 1e-3, "the adapter must matter"
     ((chosen + 3 * kl) * row.batch.weights).sum().backward()
 
-    scores = score(model, row, 0.7, FrozenBase(model), {"kl": direction}, chunk_tokens)
+    elements = chunk_tokens and chunk_tokens * model.config.vocab_size
+    scores = score(model, row, 0.7, FrozenBase(model), {"kl": direction}, elements)
     row.batch.mean(scores.logprobs + 3 * scores.distances["kl"]).backward()
     torch.testing.assert_close(scores.logprobs, chosen, atol=1e-4, rtol=0)
     torch.testing.assert_close(scores.distances["kl"], kl, atol=1e-4, rtol=0)

@@ -116,14 +116,15 @@ def moved(*models) -> None:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-@pytest.mark.parametrize("chunk_tokens, feedback", [(None, False), (5, False), (5, True)])
+@pytest.mark.parametrize("chunk_tokens, feedback", [(None, False), (5, False), (5, True)])  # 5: computed again
 def test_packed_logprobs_and_gradients_equal_the_plain_forward(name, chunk_tokens, feedback):
     """With feedback that the policy did not write: as a loss mask over the plain forward of the whole transcript."""
     packed, plain = make_pair(name)
     groups = [with_feedback(group) for group in ragged_groups()] if feedback else ragged_groups()
     episodes = [episode for group in groups for episode in group.episodes]
     row = make_row(groups)
-    scores = score(packed, row, 0.7, chunk_tokens=chunk_tokens)
+    elements = chunk_tokens and chunk_tokens * packed.config.vocab_size
+    scores = score(packed, row, 0.7, elements=elements)
     expected = of_tokens(plain_logits(plain, groups, 0.7).log_softmax(-1), groups)
     torch.testing.assert_close(scores.logprobs, expected, atol=1e-4, rtol=0)
     lengths = [len(episode.logprobs) for episode in episodes]
@@ -151,7 +152,8 @@ def test_entropy_and_distances_and_their_gradients_are_those_of_float64_autograd
     (packed, plain), (anchor, plain_anchor) = make_pair("llama"), make_pair("llama")
     moved(anchor, plain_anchor)
     groups, distances = ragged_groups(), {"js": jensen_shannon, "kl": direction}
-    scores = score(packed, make_row(groups), 0.7, anchor, distances, chunk_tokens)
+    elements = chunk_tokens and chunk_tokens * scoring.FUNCTIONS * packed.config.vocab_size
+    scores = score(packed, make_row(groups), 0.7, anchor, distances, elements)
     with torch.no_grad():
         anchor_logits = plain_logits(plain_anchor.double(), groups, 0.7)
     logits = plain_logits(plain.double(), groups, 0.7)
@@ -180,7 +182,9 @@ def test_a_distance_without_a_gradient_is_refused():
 
 
 @pytest.mark.parametrize("direction", [None, "reverse", "forward"])
-def test_the_written_out_gradients_of_the_head_are_those_of_autograd(direction):
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_the_written_out_gradients_of_the_head_are_those_of_autograd(direction, rows, monkeypatch):
+    monkeypatch.setattr(statistics, "BLOCK", rows * 13)
     generator = torch.Generator().manual_seed(4)
     logits, anchor = (torch.randn(7, 13, generator=generator, dtype=torch.float64) for _ in range(2))
     ids = torch.randint(13, (7,), generator=generator)
@@ -196,6 +200,34 @@ def test_the_written_out_gradients_of_the_head_are_those_of_autograd(direction):
     chosen, entropy = TokenStatistics.apply(logits, ids, given, direction)[:2]
     alone = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (chosen, entropy)]
     torch.testing.assert_close(torch.autograd.grad((chosen + entropy).sum(), logits)[0], sum(alone))
+
+
+@pytest.mark.parametrize("direction", [None, "reverse", "forward"])
+def test_logits_in_bf16_are_what_they_are_in_fp32(direction, monkeypatch):
+    """Nothing behind the logits is computed in bf16; only the gradient is rounded, as the logits were."""
+    monkeypatch.setattr(statistics, "BLOCK", 3 * 40)
+    generator = torch.Generator().manual_seed(4)
+    logits, anchor = (4 * torch.randn(8, 40, generator=generator).bfloat16() for _ in range(2))
+    ids, slopes = torch.randint(40, (8,), generator=generator), torch.linspace(-1, 1, 8)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = logits.detach().to(dtype, copy=True).requires_grad_()
+        results = TokenStatistics.apply(given, ids, anchor.to(dtype), direction)
+        sum((slopes * x).sum() for x in results if x is not None and x.requires_grad).backward()
+        found.append([x for x in results if x is not None] + [given.grad.bfloat16()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_logits_are_kept_for_the_backward_pass_where_they_are_small(kept, monkeypatch):
+    packed, _ = make_pair("llama")
+    row, calls = make_row(ragged_groups()), []
+    tokens, vocabulary = len(row.predictor_index), packed.config.vocab_size
+    elements = tokens * vocabulary * 4 // scoring.KEPT - (0 if kept else 1)
+    head_logits = scoring.head_logits
+    monkeypatch.setattr(scoring, "head_logits", lambda *given: calls.append(len(given[1])) or head_logits(*given))
+    score(packed, row, 1.0, elements=elements).logprobs.sum().backward()
+    assert sum(calls) == (1 if kept else 2) * tokens and max(calls) <= elements // vocabulary < tokens
 
 
 def test_the_memory_of_scoring_does_not_grow_with_the_vocabulary():

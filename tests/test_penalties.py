@@ -19,6 +19,7 @@ import torch
 from test_packing import RAGGED, make_groups, make_pair
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
+from transformers import PretrainedConfig
 
 import src.config
 from src import penalties
@@ -83,6 +84,7 @@ class Logits:
 
     def __init__(self, logits: Tensor):
         self.logits = logits
+        self.config = PretrainedConfig(vocab_size=logits.shape[-1])
 
     def get_output_embeddings(self) -> None:
         return None
@@ -162,7 +164,8 @@ def make_problem(seed: int = 0) -> tuple[Tensor, Tensor, Batch]:
 
 def scores_of(training: TrainingConfig, logits: Tensor, anchor: Tensor, batch: Batch) -> Scores:
     distances = wanted(training, True)["distances"]
-    return score(Logits(logits), SimpleNamespace(batch=batch), 1.0, Logits(anchor), distances, chunk_tokens=6)
+    row = SimpleNamespace(batch=batch)
+    return score(Logits(logits), row, 1.0, Logits(anchor), distances, elements=6 * logits.shape[-1])
 
 
 def penalty_of(training: TrainingConfig, logits: Tensor, anchor: Tensor, batch: Batch) -> Tensor:

@@ -39,7 +39,8 @@ def make_anchor(name: str):
 def scored(anchor, name: str, chunk_tokens=None, device="cpu") -> tuple[Scores, list[torch.Tensor]]:
     """Scores of a row, and the policy's gradients of log-probs and KL."""
     policy = make_pair(name)[0].to(device)
-    scores = score(policy, make_row(device=device), 0.7, anchor, {"kl": "reverse"}, chunk_tokens)
+    elements = chunk_tokens and chunk_tokens * policy.config.vocab_size
+    scores = score(policy, make_row(device=device), 0.7, anchor, {"kl": "reverse"}, elements)
     (scores.logprobs + 3 * scores.distances["kl"]).sum().backward()
     return scores, [weight.grad for weight in policy.parameters()]
 

@@ -14,7 +14,7 @@ from src.engine.memory import free_memory, give_back, out_of_memory, peak_memory
 from src.engine.models import decoder_layers
 from src.engine.packing import split_into_microbatches
 from src.engine.sampler import cache_bytes, fit_to_memory
-from src.engine.scoring import CHUNK_ELEMENTS
+from src.engine.scoring import CHUNK_ELEMENTS, KEPT
 from src.engine.sharding import is_sharded
 from src.records import Group, Problem
 
@@ -157,7 +157,9 @@ def memory_plan(config: Config, model, anchor) -> dict[str, int]:
         again = layers
     inputs = again * shape.hidden_size * model.dtype.itemsize
     activations = tokens * (inputs + (layers - again + bool(again)) * kept)
-    logits = 4 * 4 * min(tokens * vocabulary, CHUNK_ELEMENTS[model.device.type] + vocabulary)  # fp32, and its copies
+    chunk = CHUNK_ELEMENTS[model.device.type]  # its gradient, and in fp32 what is computed of it; kept are more
+    wanted = tokens * vocabulary * model.dtype.itemsize * (1 if anchor is None else 2)
+    logits = min(wanted, KEPT * chunk) + 8 * min(tokens * vocabulary, chunk + vocabulary)
     wide_head = 4 * vocabulary * shape.hidden_size if config.model.fp32_head and model.dtype != torch.float32 else 0
     slots = min(training.inference_batch_size, training.batch_size)
     of_slot, of_prompt = cache_bytes(model, prompt, completion)

@@ -122,7 +122,7 @@ class SlotDecoder:
     @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
         """Sample the next token of these slots from hidden [s, hidden] and write it down."""
-        logits = head_logits(self.model, hidden)  # [s, V] fp32
+        logits = head_logits(self.model, hidden).float()  # [s, V]
         episodes, positions = self.episodes[slots], self.lengths[slots]
         tokens, logprobs = choose_tokens(logits, self.settings, self.episode_keys[episodes], positions)
         column = positions.clamp(max=self.settings.width)

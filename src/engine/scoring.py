@@ -1,6 +1,6 @@
 """Hidden states -> log-probs, entropy, distances over the vocabulary, with logits for one chunk of tokens at a time.
 
-The head runs chunk by chunk; when there is more than one chunk, the backward pass computes each chunk's logits again.
+The head runs chunk by chunk; where the logits of all chunks are large, the backward pass computes each chunk's again.
 Everything behind the logits is fp32; the head itself multiplies in the precision of the weights, or with
 `model.fp32_head` in fp32 (models.py).
 """
@@ -15,20 +15,24 @@ from torch.utils.checkpoint import checkpoint
 from src.engine.packing import Pass
 from src.engine.profiling import phase
 from src.engine.sharding import within
-from src.engine.statistics import TokenStatistics
+from src.engine.statistics import TokenStatistics, wide
 from src.records import Scores
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # tokens x vocabulary of the largest logits tensor
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}  # tokens x vocabulary of the largest logits tensor
+KEPT = 8  # bytes for each of these: logits so large are kept for the backward pass
+FUNCTIONS = 4  # so much smaller are chunks with functions: what autograd keeps for them is as large as several logits
 # a distance of each token's distribution to the anchor's: the direction of an exact KL, or a function of the logits of
 # policy and anchor [tokens, vocab] -> [tokens]
 Distance = str | Callable[[Tensor, Tensor], Tensor]
 
 
 def head_logits(model, hidden: Tensor, head=None) -> Tensor:
-    """Logits [tokens, vocab] in fp32, with the soft cap (Gemma) or scaling (Granite, Cohere) of the model's forward."""
+    """Logits [tokens, vocab], in fp32 with the soft cap (Gemma) or scaling (Granite, Cohere) of the model's forward."""
     head = model.get_output_embeddings() if head is None else head
-    logits = head(hidden).float()
+    logits = head(hidden)
     config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")):
+        logits = logits.float()
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):
@@ -58,9 +62,9 @@ def score_chunk(model, hidden, target_ids, temperature, anchor, anchor_hidden, k
     if anchor is not None:
         with torch.no_grad():
             anchor_logits = head_logits(anchor, anchor_hidden, *anchor_head)
-    if temperature != 1:
-        logits = logits / temperature
-        anchor_logits = None if anchor_logits is None else anchor_logits / temperature
+    if temperature != 1 or functions:
+        logits = wide(logits) / temperature
+        anchor_logits = None if anchor_logits is None else wide(anchor_logits) / temperature
     distances = [function(logits, anchor_logits) for function in functions]
     return *TokenStatistics.apply(logits, target_ids, anchor_logits, kl_direction), *distances
 
@@ -71,12 +75,11 @@ def score(
     temperature: float,
     anchor=None,
     distances: Mapping[str, Distance] | None = None,
-    chunk_tokens: int | None = None,
     elements: int | None = None,
 ) -> Scores:
     """Score a packed row; with an `anchor` model its log-probs too, and the `distances` to it.
 
-    `elements`: tokens x vocabulary of a chunk's logits, or so many `chunk_tokens`.
+    `elements`: tokens x vocabulary of a chunk's logits.
     """
     distances = distances or {}
     if distances and anchor is None:
@@ -92,9 +95,11 @@ def score(
         anchor_head = anchor.get_output_embeddings()  # once for all chunks: a streamed one is copied to the device
         with phase("reference"), torch.no_grad():
             anchor_hidden = hidden_states(anchor, row)  # [N, hidden]
-    if chunk_tokens is None:
-        vocabulary = model.config.get_text_config().vocab_size
-        chunk_tokens = max(1, (elements or CHUNK_ELEMENTS[hidden.device.type]) // vocabulary)
+    vocabulary = model.config.get_text_config().vocab_size
+    elements = elements or CHUNK_ELEMENTS[hidden.device.type]
+    chunk_tokens = max(1, elements // (FUNCTIONS if functions else 1) // vocabulary)
+    logits = len(hidden) * vocabulary * hidden.element_size() * (2 if directions else 1)  # bytes
+    again = torch.is_grad_enabled() and (logits > KEPT * elements or bool(functions))
     parts = []
     for start in range(0, len(hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -109,11 +114,7 @@ def score(
             list(functions.values()),
             anchor_head,
         )
-        # what autograd keeps for the functions is as large as several logits
-        if (len(hidden) > chunk_tokens or functions) and torch.is_grad_enabled():
-            parts.append(checkpoint(score_chunk, *arguments, use_reentrant=False))
-        else:
-            parts.append(score_chunk(*arguments))
+        parts.append(checkpoint(score_chunk, *arguments, use_reentrant=False) if again else score_chunk(*arguments))
     logprobs, entropy, anchor_logprobs, kl, *values = (
         None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
     )

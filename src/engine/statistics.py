@@ -14,40 +14,48 @@ from torch.autograd.function import once_differentiable
 logger = logging.getLogger("grpo")
 DIRECTIONS = ("reverse", "forward")  # of the KL: policy || anchor, anchor || policy
 FUSED_ON = ("cuda",)  # devices on which the passes over the vocabulary are compiled into few
+BLOCK = 2**18  # elements: of a vocabulary of 49,152 five tokens, 1 MiB in fp32
 TRIAL_TOKENS = 512  # of the first chunk, for a trial; torch.compile would choose other kernels for fewer
 
 
+def wide(logits: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def softened(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of logits [tokens, vocab] in fp32: below the largest, exp of that, log of its sum, normalizer [tokens, 1]."""
+    logits = wide(logits)
+    largest = logits.amax(-1, keepdim=True)  # [tokens, 1]
+    below = logits - largest  # [tokens, vocab]
+    weights = below.exp()  # [tokens, vocab]
+    rest = weights.sum(-1, keepdim=True).log()  # [tokens, 1]
+    return below, weights, rest, largest + rest
+
+
 def statistics(logits, target, anchor_logits, kl_direction):
-    """Log-prob of the target, entropy, anchor's log-prob, exact KL, each [tokens]; and what backward needs.
-
-    That is logits and normalizer of the policy and, for a KL, of the anchor: here log-probs, which need no normalizer.
-    """
-    logprobs = logits.log_softmax(-1)  # [tokens, vocab]
-    work = logprobs.exp()  # [tokens, vocab]
-    entropy = -work.mul_(logprobs).sum(-1)
-    anchor_logprobs = anchor_chosen = kl = None
-    if anchor_logits is not None:
-        anchor_logprobs = anchor_logits.log_softmax(-1)  # [tokens, vocab]
-        anchor_chosen = anchor_logprobs.gather(-1, target)[:, 0]
-        if kl_direction == "reverse":
-            kl = (logprobs.exp() * (logprobs - anchor_logprobs)).sum(-1)
-        elif kl_direction == "forward":
-            kl = (anchor_logprobs.exp() * (anchor_logprobs - logprobs)).sum(-1)
-    results = logprobs.gather(-1, target)[:, 0], entropy, anchor_chosen, kl
-    return results, (logprobs, None, None if kl is None else anchor_logprobs, None)
-
-
-def statistics_and_normalizers(logits, target, anchor_logits, kl_direction):
-    """To be compiled: the same results, and nothing as large as the logits is written."""
-    results, _ = statistics(logits, target, anchor_logits, kl_direction)
-    given = logits, None if results[3] is None else anchor_logits
-    return results, [None if x is None else x.logsumexp(-1, keepdim=True) for x in given]  # [tokens, 1] each
+    """Log-prob of the target, entropy, anchor's log-prob, exact KL, each [tokens]; both normalizers [tokens, 1]."""
+    below, weights, rest, normalizer = softened(logits)
+    chosen = (below.gather(-1, target) - rest)[:, 0]
+    entropy = rest[:, 0] - (weights * below).sum(-1) / rest[:, 0].exp()
+    if anchor_logits is None:
+        return chosen, entropy, None, None, normalizer, None
+    anchor_below, anchor_weights, anchor_rest, anchor_normalizer = softened(anchor_logits)
+    anchor_chosen = (anchor_below.gather(-1, target) - anchor_rest)[:, 0]
+    if kl_direction is None:
+        return chosen, entropy, anchor_chosen, None, normalizer, None
+    difference = (below - rest) - (anchor_below - anchor_rest)  # [tokens, vocab]
+    if kl_direction == "reverse":
+        kl = (weights * difference).sum(-1) / rest[:, 0].exp()
+    else:
+        kl = -(anchor_weights * difference).sum(-1) / anchor_rest[:, 0].exp()
+    return chosen, entropy, anchor_chosen, kl, normalizer, anchor_normalizer
 
 
 def logits_gradient(
     logits,
-    normalizer,
     anchor_logits,
+    normalizer,
     anchor_normalizer,
     target,
     entropy,
@@ -58,21 +66,31 @@ def logits_gradient(
     direction,
 ):
     """Gradient by the logits: [i is the target] - p_i, -p_i (log p_i + H), and those of the two KLs."""
-    logprobs = logits if normalizer is None else logits - normalizer  # [tokens, vocab]
-    anchor_logprobs = anchor_logits if anchor_normalizer is None else anchor_logits - anchor_normalizer
+    logprobs = wide(logits) - normalizer  # [tokens, vocab]
     probabilities = logprobs.exp()  # [tokens, vocab]
     gradient = torch.zeros_like(probabilities) if of_chosen is None else probabilities * -of_chosen[:, None]
     if of_entropy is not None:
         gradient -= of_entropy[:, None] * probabilities * (logprobs + entropy[:, None])
-    if of_kl is not None and direction == "reverse":
-        gradient += of_kl[:, None] * probabilities * (logprobs - anchor_logprobs - kl[:, None])
-    elif of_kl is not None and direction == "forward":
-        gradient += of_kl[:, None] * (probabilities - anchor_logprobs.exp())
-    elif of_kl is not None:
-        raise ValueError(f"there is no gradient for a KL in direction {direction!r}")
+    if of_kl is not None:
+        anchor_logprobs = wide(anchor_logits) - anchor_normalizer  # [tokens, vocab]
+        if direction == "reverse":
+            gradient += of_kl[:, None] * probabilities * (logprobs - anchor_logprobs - kl[:, None])
+        else:
+            gradient += of_kl[:, None] * (probabilities - anchor_logprobs.exp())
     if of_chosen is not None:  # last: what comes before is one pass when it is compiled
         gradient.scatter_add_(-1, target, of_chosen[:, None])
-    return gradient
+    return gradient.to(logits.dtype)
+
+
+def blocks(logits: Tensor) -> list[slice]:
+    """Rows at a time: on a CPU so few that what is computed of them stays in its cache."""
+    rows = max(1, BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return [slice(start, start + rows) for start in range(0, max(1, len(logits)), rows)]
+
+
+def cut(arguments: tuple, rows: slice) -> list:
+    """These rows of what has rows."""
+    return [x[rows] if isinstance(x, Tensor) else x for x in arguments]
 
 
 @cache
@@ -81,19 +99,21 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def measure(fused: bool, logits, target, anchor_logits, kl_direction):
-    """What `statistics` returns, computed by itself or by its compiled form."""
-    if not fused:
-        return statistics(logits, target, anchor_logits, kl_direction)
-    results, (normalizer, anchor_normalizer) = compiled(statistics_and_normalizers)(
-        logits, target, anchor_logits, kl_direction
-    )
-    return results, (logits, normalizer, None if anchor_normalizer is None else anchor_logits, anchor_normalizer)
+def measure(fused: bool, *arguments) -> list:
+    """What `statistics` returns, by itself or by its compiled form."""
+    function = compiled(statistics) if fused else statistics
+    columns = zip(*(function(*cut(arguments, rows)) for rows in blocks(arguments[0])), strict=True)
+    return [None if column[0] is None else torch.cat(column) for column in columns]
 
 
 def differentiate(fused: bool, *arguments) -> Tensor:
     """logits_gradient, by itself or by its compiled form."""
-    return (compiled(logits_gradient) if fused else logits_gradient)(*arguments)
+    if fused:
+        return compiled(logits_gradient)(*arguments)
+    gradient = arguments[0].new_empty(arguments[0].shape)  # [tokens, vocab]
+    for rows in blocks(gradient):
+        gradient[rows] = logits_gradient(*cut(arguments, rows))
+    return gradient
 
 
 def try_fused(logits, target, anchor_logits, kl_direction) -> None:
@@ -101,10 +121,11 @@ def try_fused(logits, target, anchor_logits, kl_direction) -> None:
     outcomes = []
     slopes = torch.linspace(-1, 1, len(logits), device=logits.device)  # [tokens]
     for fused in (False, True):
-        results, kept = measure(fused, logits, target, anchor_logits, kl_direction)
+        *results, normalizer, anchor_normalizer = measure(fused, logits, target, anchor_logits, kl_direction)
         _, entropy, _, kl = results
+        kept = logits, anchor_logits, normalizer, anchor_normalizer, target, entropy, kl
         of_kl = None if kl is None else slopes
-        gradient = differentiate(fused, *kept, target, entropy, kl, slopes, slopes, of_kl, kl_direction)
+        gradient = differentiate(fused, *kept, slopes, slopes, of_kl, kl_direction)
         outcomes.append([x for x in (*results, gradient) if x is not None])
     torch.testing.assert_close(*outcomes, rtol=1e-3, atol=1e-4, equal_nan=True)
 
@@ -139,14 +160,15 @@ class TokenStatistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if kl_direction not in (None, *DIRECTIONS):
             raise ValueError(f"a KL has the direction {' or '.join(DIRECTIONS)}, not {kl_direction!r}")
-        given = logits, target_ids[:, None], anchor_logits, kl_direction
-        ctx.fused, ctx.kl_direction = fuses(*given), kl_direction
-        results, kept = measure(ctx.fused, *given)
+        target = target_ids[:, None]
+        ctx.fused, ctx.kl_direction = fuses(logits, target, anchor_logits, kl_direction), kl_direction
+        *results, normalizer, anchor_normalizer = measure(ctx.fused, logits, target, anchor_logits, kl_direction)
         _, entropy, anchor_chosen, kl = results
         if anchor_chosen is not None:
             ctx.mark_non_differentiable(anchor_chosen)
-        ctx.save_for_backward(*kept, given[1], entropy, kl)
-        return results
+        anchor_logits = None if kl is None else anchor_logits
+        ctx.save_for_backward(logits, anchor_logits, normalizer, anchor_normalizer, target, entropy, kl)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
