@@ -223,7 +223,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8, help="completions a prompt")
     parser.add_argument("--prompt_tokens", type=int, default=118, help="about; prompts are ragged")
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--micro_batch", type=int, default=8, help="completions a forward and backward pass, ours")
+    parser.add_argument("--micro_batch", type=int, help="completions a forward and backward pass, ours; else what fits")
     parser.add_argument("--trl_micro_batch", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.0)
     memory = ("gradient_checkpointing", "compile", "offload", "reference_offload")

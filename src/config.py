@@ -16,6 +16,8 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+AUTO = "auto"  # in place of a number: what the machine allows
+
 
 class ConfigError(ValueError):
     """A line for the user: which file and key is wrong, and what to do. main.py prints it and exits with 2."""
@@ -189,11 +191,15 @@ class TrainingConfig:
     stop_strings: list[str] | None = key(
         None, "A completion ends with the token that completes one of these texts; empty: none."
     )
-    micro_batch_size: int = key(
-        8, "Completions a forward and backward pass; the result depends on it by rounding only.", minimum=1
+    micro_batch_size: int | None = key(
+        None,
+        "Completions a forward and backward pass, where max_tokens_per_microbatch gives no number.",
+        minimum=1,
     )
-    max_tokens_per_microbatch: int | None = key(
-        None, "Token budget of a pass, in place of micro_batch_size.", minimum=1
+    max_tokens_per_microbatch: int | str | None = key(
+        AUTO,
+        "Token budget of a pass; `auto`: what the memory of the machine holds. The result depends on it by rounding.",
+        minimum=1,
     )
     minibatches: int = key(1, "Optimizer steps a rollout is divided into.", minimum=1)
     inner_epochs: int = key(1, "Passes over a rollout.", minimum=1)
@@ -489,6 +495,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 def convert(value: Any, wanted: Any, where: str) -> Any:
     """`value` as the field's type, or a ConfigError. YAML reads 1e-6 as a string, so number-like strings count."""
+    given = get_args(wanted)
     if isinstance(wanted, UnionType):
         if value is None and type(None) in get_args(wanted):
             return None
@@ -497,6 +504,8 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
             return {
                 str(name): convert(item, get_args(options[-1])[1], f"{where}.{name}") for name, item in value.items()
             }
+        if value == AUTO and str in options:
+            return value
         wanted = options[0]
     if get_origin(wanted) is list:
         items = value if isinstance(value, list) else [value]
@@ -519,14 +528,14 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             pass
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    wanted_name = names.get(wanted, "a mapping such as {name: value}")
-    raise ConfigError(f"{where} must be {wanted_name}, not {value!r}")
+    name = names.get(wanted, "a mapping such as {name: value}") + f" or {AUTO}" * (wanted is int and str in given)
+    raise ConfigError(f"{where} must be {name}, not {value!r}")
 
 
 def check_rules(value: Any, rules: Any, where: str) -> None:
     """Range and choice of one value (each item of a list), or a ConfigError."""
     for item in value if isinstance(value, list) else [value]:
-        if item is None:
+        if item is None or item == AUTO:
             continue
         if "choices" in rules and item not in rules["choices"]:
             advice = suggest(str(item), list(rules["choices"]))

@@ -96,7 +96,7 @@ training:
   random_seed: 9007199254740993
   max_steps: 1e3
   beta: 1
-  max_tokens_per_microbatch: null
+  max_tokens_per_microbatch: auto
   loss_type: none
   mask_truncated: true
 """)
@@ -106,7 +106,7 @@ training:
     assert training.random_seed == 2**53 + 1, "whole numbers stay exact"
     assert training.max_steps == 1000 and isinstance(training.max_steps, int)
     assert training.beta == 1.0 and isinstance(training.beta, float)
-    assert training.max_tokens_per_microbatch is None and training.loss_type == "none", "the name, and not nothing"
+    assert training.max_tokens_per_microbatch == "auto" and training.loss_type == "none", "the name, and not nothing"
     assert training.skip_unfinished_episodes, "by the name that other trainers use"
     assert load_config(write("training:\n  max_steps:\n")).training.max_steps is None
 

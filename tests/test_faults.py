@@ -22,8 +22,8 @@ from src import train_grpo
 from src.commands import run_evaluation
 from src.config import ConfigError, RunError, Stopped, load_config
 from src.engine import engine as engine_module
-from src.engine import models
-from src.engine.plan import FEWEST_LOGITS, Limit
+from src.engine import models, plan
+from src.engine.plan import FEWEST_LOGITS, Limit, limit_of, memory_plan, of_update
 from src.engine.scoring import CHUNK_ELEMENTS
 from src.prepare import prepare
 from src.run import run as run_module
@@ -139,10 +139,33 @@ def test_what_runs_out_of_memory_is_done_again_in_smaller_parts(memory_for, size
                     assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-5)
 
 
+@pytest.mark.parametrize("gib, tokens", [(0.01, 256), (0.1, 1024), (0.2, 2048), (1000, 8192)])
+def test_a_pass_is_as_large_as_its_plan_leaves_room_for_in_the_memory_of_the_machine(gib, tokens, monkeypatch):
+    monkeypatch.setattr(plan, "memory_of", lambda device: gib * 2**30)
+    run = prepare(config_with("training.batch_size=4096", "training.max_gen_len=512"), "countdown")
+    engine = run.engine
+    assert engine.limit == Limit(1, tokens, CHUNK_ELEMENTS["cpu"])
+    if 256 < tokens < 8192:
+        needs = [of_update(memory_plan(run.config, engine.model, engine.anchor, n)) for n in (tokens, 2 * tokens)]
+        assert needs[0] <= gib * 2**29 < needs[1]
+    assert f"with {tokens:,} tokens a pass" in engine.facts()["memory"]
+
+
+def test_a_number_goes_before_completions_and_these_before_what_fits():
+    for keys, expected in (
+        (["max_tokens_per_microbatch=300", "micro_batch_size=3"], (3, 300)),
+        (["micro_batch_size=3"], (3, None)),
+        (["max_tokens_per_microbatch=null"], (1, 8192)),
+    ):
+        limit = prepare(config_with(*[f"training.{key}" for key in keys]), "countdown").engine.limit
+        assert (limit.completions, limit.tokens) == expected
+    with pytest.raises(ConfigError, match="must be a whole number or auto, not 'large'"):
+        config_with("training.max_tokens_per_microbatch=large")
+
+
 def prepare_limit(run):
     """The passes that the config allows, as before anything has run out of memory."""
-    training = run.config.training
-    return Limit(training.micro_batch_size, training.max_tokens_per_microbatch, CHUNK_ELEMENTS["cpu"])
+    return limit_of(run.config, run.engine.model, run.engine.anchor)
 
 
 def test_the_longest_pass_is_tried_before_the_first_step_and_cut_smaller_if_it_does_not_fit(memory_for, tmp_path):
@@ -281,7 +304,7 @@ def test_a_run_that_goes_on_takes_no_larger_passes_than_fitted_before(tmp_path):
     run.engine.limit = Limit(3, 100, 2**23)
     run.engine.begin(1)
     run.engine.state().write(tmp_path / "saved")
-    again = prepare(config_with("training.max_tokens_per_microbatch=50"), "countdown")
+    again = prepare(config_with("training.max_tokens_per_microbatch=50", "training.micro_batch_size=8"), "countdown")
     again.engine.load(tmp_path / "saved")
     assert again.engine.limit == Limit(3, 50, 2**23)
 

@@ -623,6 +623,7 @@ def make_engine(training: TrainingConfig) -> tuple[Engine, list[Group]]:
     """A tiny model, an anchor and an old policy near it, and ragged groups, the last of completions of one token."""
     path = str(PROJECT / "models" / "countdown-tiny")  # of its tokenizer
     engine = Engine(Config(ModelConfig(path, device="cpu", dtype="float32"), training=training))
+    engine.limit = replace(engine.limit, completions=training.micro_batch_size or 8)  # no load_model sees what fits
     engine.model = make_pair("llama")[0]
     engine.anchor = perturbed(engine.model, 0.05, 1)
     engine.optimizer, engine.ratios = torch.optim.SGD(engine.model.parameters(), 1.0), [1.0]

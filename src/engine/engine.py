@@ -26,7 +26,7 @@ from src.engine.models import end_token_ids, load_tokenizer
 from src.engine.movement import sampled_weights, share_changed
 from src.engine.optim import MemoryEfficientAdamW
 from src.engine.packing import Pass, pack
-from src.engine.plan import Limit, Rooms, in_parts_that_fit, memory_line, tell_of_rehearsal
+from src.engine.plan import Limit, Rooms, in_parts_that_fit, limit_of, memory_line, tell_of_rehearsal
 from src.engine.profiling import phase
 from src.engine.sampler import draw_numbers, rollout
 from src.engine.scoring import CHUNK_ELEMENTS, Distance, score
@@ -65,10 +65,9 @@ class Engine:
         self.config, self.for_training = config, for_training
         self.device = check_machine(config, for_training)
         self.tokenizer = load_tokenizer(config)
-        training = config.training
-        elements = CHUNK_ELEMENTS[self.device.type]
-        self.configured = Limit(training.micro_batch_size, training.max_tokens_per_microbatch, elements)
-        self.limit = replace(self.configured)  # a copy, which changes
+        self.configured = self.limit = Limit(
+            1, None, CHUNK_ELEMENTS[self.device.type]
+        )  # until load_model sees what fits
         self.report: Callable[[str, Callable[[], float]], None] = lambda verb, share: None  # hears what is done
         self.reply: Callable[[Problem, Transcript, int], Told | None] | None = None  # of a task of several turns
         self.check_stop: Callable[[], None] = lambda: None  # raises where the step in progress may be given up
@@ -91,6 +90,8 @@ class Engine:
             self.optimizer = optimizer_of(self.model, self.config.training)
             base = self.config.training.learning_rate
             self.ratios = [group["lr"] / base for group in self.optimizer.param_groups]
+        self.configured = limit_of(self.config, self.model, self.anchor)
+        self.limit = replace(self.configured)  # a copy, which changes
 
     def begin(self, step: int) -> None:
         """Step number `step` begins; its random numbers are its own, and until an optimizer step it can be given up."""

@@ -34,6 +34,17 @@ def kept_by_malloc() -> int:
     return mallinfo2().fordblks
 
 
+def memory_of(device: torch.device, folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that there are, taken or free: the same each time that a run is started on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(pages, int((folder / "memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return pages
+
+
 def free_in_group(folder: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes that the control group still allows (a container, a job of a cluster); infinite where it sets no limit."""
     try:

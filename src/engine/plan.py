@@ -10,7 +10,7 @@ import torch
 
 from src.config import Config, ConfigError
 from src.engine.distributed import AloneError, world
-from src.engine.memory import free_memory, give_back, out_of_memory, peak_memory
+from src.engine.memory import free_memory, give_back, memory_of, out_of_memory, peak_memory
 from src.engine.models import decoder_layers
 from src.engine.packing import split_into_microbatches
 from src.engine.sampler import cache_bytes, fit_to_memory
@@ -19,6 +19,8 @@ from src.engine.sharding import is_sharded
 from src.records import Group, Problem
 
 logger = logging.getLogger("grpo")
+# of `auto`: tokens of a pass at least and at most (more is not faster), and the share of the memory that a run may plan
+FEWEST, MOST, SHARE = 256, {"cpu": 8192, "cuda": 16384}, {"cpu": 0.5, "cuda": 0.85}
 FEWEST_LOGITS = 2**22  # elements of a chunk at least; of the largest vocabularies 28 tokens
 
 
@@ -30,9 +32,12 @@ class Limit:
     tokens: int | None  # in place of completions
     head: int  # elements of a chunk's logits, tokens x vocabulary
 
+    def size(self) -> str:
+        """Of a pass."""
+        return f"{self.tokens:,} tokens" if self.tokens else f"{self.completions} completions"
+
     def __str__(self) -> str:
-        size = f"{self.tokens:,} tokens" if self.tokens else f"{self.completions} completions"
-        return f"{size} and {self.head:,} logits at a time"
+        return f"{self.size()} and {self.head:,} logits at a time"
 
     def cut(self, groups: list[Group], whole_groups: bool) -> list[list[Group]]:
         """Passes of this size."""
@@ -67,6 +72,23 @@ class Limit:
         logger.warning(f"out of memory in the update ({reason}); it is done again with {smaller}")
 
 
+def limit_of(config: Config, model, anchor) -> Limit:
+    """What the config asks for, and where it leaves that open what the memory of the machine holds."""
+    completions, tokens = config.training.micro_batch_size, config.training.max_tokens_per_microbatch
+    if not isinstance(tokens, int):
+        tokens = None if completions else tokens_that_fit(config, model, anchor)
+    return Limit(completions or 1, tokens, CHUNK_ELEMENTS[model.device.type])
+
+
+def tokens_that_fit(config: Config, model, anchor) -> int:
+    """A budget for a pass whose plan takes no more than its share of the memory: a power of two, at most MOST."""
+    budget = FEWEST
+    room = SHARE[model.device.type] * memory_of(model.device)
+    while budget < MOST[model.device.type] and of_update(memory_plan(config, model, anchor, 2 * budget)) <= room:
+        budget *= 2
+    return budget
+
+
 def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bool, compute: Callable[[], Any]) -> Any:
     """compute() over passes of the limit; again in smaller ones when memory runs out."""
     while True:
@@ -81,8 +103,8 @@ def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bo
         if is_sharded(model):
             raise AloneError(
                 f"out of memory in the update ({reason}), where the other processes wait for this one; the last "
-                f"checkpoint is safe: go on from it with half the training.micro_batch_size or "
-                f"max_tokens_per_microbatch"
+                f"checkpoint is safe: go on from it with half the training.max_tokens_per_microbatch or "
+                f"micro_batch_size"
             )
         try:
             limit.halve(groups, whole_groups, reason)
@@ -128,8 +150,11 @@ class Rooms:
             )
 
 
-def memory_plan(config: Config, model, anchor) -> dict[str, int]:
-    """Bytes by purpose, an estimate from shapes: what a step holds, and what rollout and update need beside it."""
+def memory_plan(config: Config, model, anchor, tokens: int | None = None) -> dict[str, int]:
+    """Bytes by purpose, an estimate from shapes: what a step holds, and what rollout and update need beside it.
+
+    `tokens` of a pass; None: as many as the config asks for.
+    """
     training, shape = config.training, model.config.get_text_config()
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -143,11 +168,11 @@ def memory_plan(config: Config, model, anchor) -> dict[str, int]:
         if training.offload and model.device.type == "cuda":
             state_bytes = 0  # in host memory
     prompt, completion = training.max_prompt_len, training.max_gen_len + config.most_told()
-    group = training.batch_size // training.num_questions_per_batch
-    tokens = (
-        training.max_tokens_per_microbatch
-        or training.micro_batch_size * completion + math.ceil(training.micro_batch_size / group) * prompt
-    )
+    group = max(1, training.batch_size // max(1, training.num_questions_per_batch))
+    if tokens is None:
+        limit = limit_of(config, model, anchor)
+        tokens = limit.tokens or limit.completions * completion + math.ceil(limit.completions / group) * prompt
+    tokens = min(tokens, training.batch_size * completion + training.num_questions_per_batch * prompt)
     vocabulary = shape.vocab_size
     wide = max(getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size, shape.hidden_size)
     # what autograd keeps of a layer: its input, norms, projections and their products
@@ -186,19 +211,23 @@ def reference_bytes(config: Config, model, anchor, weights: int) -> int:
     return weights - sum(layers) + 2 * max(layers)
 
 
+def of_update(plan: dict[str, int]) -> int:
+    """What is alive in an update, which has no key-value cache."""
+    return sum(size for purpose, size in plan.items() if purpose != "rollout")
+
+
 def peak_of(plan: dict[str, int]) -> int:
-    """The largest sum that is alive at once: the rollout has no gradients, the update no key-value cache."""
-    held = plan["weights"] + plan["reference"] + plan["optimizer"]
-    return held + max(plan["rollout"], plan["gradients"] + plan["update"])
+    """The largest sum that is alive at once: the rollout has no gradients."""
+    return max(of_update(plan), plan["weights"] + plan["reference"] + plan["optimizer"] + plan["rollout"])
 
 
 def memory_line(config: Config, model, anchor) -> str:
     """The plan beside what is free."""
-    plan = memory_plan(config, model, anchor)
+    plan, limit = memory_plan(config, model, anchor), limit_of(config, model, anchor)
     unit, name = (2**30, "GiB") if peak_of(plan) > 2**30 else (2**20, "MiB")
     parts = ", ".join(f"{purpose} {size / unit:.1f}" for purpose, size in plan.items())
     return (
-        f"estimated {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once; "
+        f"estimated {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once, with {limit.size()} a pass; "
         f"{free_memory(model.device) / 2**30:.1f} GiB are free with the model loaded"
     )
 
