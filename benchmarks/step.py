@@ -1,14 +1,16 @@
-"""A whole GRPO step against TRL's GRPOTrainer: the same weights, prompts, lengths, micro-batch and loss, in turn.
+"""A whole GRPO step against TRL's GRPOTrainer: the same weights, prompts, lengths and loss, a step of each in turn.
 
     uv run --group benchmarks python -m benchmarks.step --shape smollm2-135m         # on a CPU: about 8 minutes
     uv run python -m benchmarks.step --shape tiny --quick --skip trl trl_allocator   # seconds: only shows that it runs
 
 All start from the same random weights in --dtype and take `--repetitions` steps after one that warms up, each in a
-process of its own, one after the other: rollout (tokens, text, reward), then update (log-probs, loss, backward,
-clipping, optimizer). Every completion has --new_tokens: no end token is set. With --beta above 0 all score a frozen
-reference; that is counted as update. TRL runs as its defaults say, but without gradient checkpointing and without
-writing anything; `trl_allocator` is TRL with what src/__init__.py sets for the memory of a CPU. Ours keeps fp32 master
-weights where TRL trains the bf16 weights themselves. The last line of stdout is one JSON document.
+process of its own that waits while another works: rollout (tokens, text, reward), then update (log-probs, loss,
+backward, clipping, optimizer). Before each round the machine's ceilings are measured, and at the end the arithmetic of
+one step of ours is counted, so that its share of the ceiling can be said. Every completion has --new_tokens: no end
+token is set. With --beta above 0 all score a frozen reference; that is counted as update. TRL runs as its defaults say,
+but without gradient checkpointing and without writing anything; `trl_allocator` is TRL with what src/__init__.py sets
+for the memory and threads of a CPU, `trl` is left out unless `--skip` is given. Ours keeps fp32 master weights where
+TRL trains the bf16 weights themselves. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from benchmarks.rollout import SHAPES, machine
 from src.config import Config, DataConfig, ModelConfig, TrainingConfig
 from src.engine import Engine
 from src.engine.memory import peak_memory
+from src.engine.profiling import ceilings, measured
 from src.maxent import Controllers
 from src.prepare import SampledCompletions
 from src.records import Problem
@@ -74,7 +77,7 @@ def make_prompts(options) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     lengths = [max(1, options.prompt_tokens + (0, -6, 3, 0, -2, 5)[index % 6]) for index in range(options.prompts)]
     vocabulary = SHAPES[options.shape].vocab_size
-    steps = options.repetitions + 1
+    steps = options.repetitions + 2  # the first warms up, of the last the arithmetic is counted
     return [torch.randint(1, vocabulary - 1, (n,), generator=generator).tolist() for _ in range(steps) for n in lengths]
 
 
@@ -113,28 +116,36 @@ def make_run(folder: Path, options) -> Run:
                state={"controllers": Controllers(config.training)})  # fmt: skip
 
 
-def run_ours(folder: Path, options) -> list[dict[str, float]]:
-    """Seconds of rollout and update of each step, by the loop itself."""
+def run_ours(folder: Path, options) -> dict[str, float]:
+    """Tells the seconds of rollout and update of each step, by the loop itself; the arithmetic of a step."""
     from src.train_grpo import train_step
 
     run = make_run(folder, options)
-    steps = []
-    for step in range(1, options.repetitions + 2):
+
+    def take(step: int) -> int:
         run.engine.begin(step)
         metrics, groups = train_step(run, step)
         assert all(episode.length == options.new_tokens for group in groups for episode in group.episodes)
         assert metrics["train/grad_norm"] > 0
-        steps.append(dict(run.engine.seconds))
-        print_step("ours", steps[-1])
-    return steps
+        return options.prompts * options.samples * options.new_tokens
+
+    for step in range(1, options.repetitions + 2):
+        wait_for_turn()
+        take(step)
+        print(json.dumps(dict(run.engine.seconds)), flush=True)
+    wait_for_turn()
+    flops = measured(lambda: take(options.repetitions + 2), run.engine.device, counting=True)[0].flops
+    rollout = sum(flops[name] for name in ("prefill", "decode", "head and sampling"))
+    return {"rollout": rollout, "update": sum(flops.values()) - rollout}
 
 
-def print_step(name: str, seconds: dict[str, float]) -> None:
-    print(f"  {name:13} rollout {seconds['rollout']:7.2f} s   update {seconds['update']:7.2f} s", flush=True)
+def wait_for_turn() -> None:
+    """Until the process that started this one says so."""
+    sys.stdin.readline()
 
 
-def run_trl(folder: Path, options) -> list[dict[str, float]]:
-    """The same of TRL's GRPOTrainer; the reference's log-probs count as update."""
+def run_trl(folder: Path, options) -> dict[str, float]:
+    """The same of TRL's GRPOTrainer; the reference's log-probs count as update. Its arithmetic is not counted."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -161,7 +172,6 @@ def run_trl(folder: Path, options) -> list[dict[str, float]]:
         disable_tqdm=True,
         model_init_kwargs={"dtype": options.dtype},
     )
-    steps: list[dict[str, float]] = []
     moments: dict[str, float] = {"started": 0.0, "rollout": 0.0, "reference": 0.0}
 
     class TimedTrainer(GRPOTrainer):
@@ -184,14 +194,16 @@ def run_trl(folder: Path, options) -> list[dict[str, float]]:
             return result
 
     class StepClock(transformers.TrainerCallback):
-        """The end of a step."""
+        """Begin and end of a step."""
+
+        def on_step_begin(self, *arguments, **keywords):
+            wait_for_turn()
 
         def on_step_end(self, *arguments, **keywords):
             synchronize(options.device)
             total = time.perf_counter() - moments["started"]
             rollout = moments["rollout"] - moments["reference"]
-            steps.append({"rollout": rollout, "update": total - rollout})
-            print_step("trl", steps[-1])
+            print(json.dumps({"rollout": rollout, "update": total - rollout}), flush=True)
 
     prompts = [" ".join(map(str, ids)) for ids in make_prompts(options)]
     trainer = TimedTrainer(
@@ -203,7 +215,7 @@ def run_trl(folder: Path, options) -> list[dict[str, float]]:
         callbacks=[StepClock()],
     )
     trainer.train()
-    return steps
+    return {}
 
 
 def synchronize(device: str) -> None:
@@ -229,7 +241,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     memory = ("gradient_checkpointing", "compile", "offload", "reference_offload")
     parser.add_argument("--using", nargs="*", default=[], choices=memory, help="config keys that ours sets to true")
     parser.add_argument("--repetitions", type=int, default=2, help="steps after the first one, which warms up")
-    parser.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS)
+    parser.add_argument("--skip", nargs="*", default=["trl"], choices=CONTESTANTS)
     parser.add_argument("--quick", action="store_true", help="few tokens, one repetition")
     parser.add_argument("--alone", nargs=2, help="a contestant and the model's folder: used by the benchmark itself")
     options = parser.parse_args()
@@ -239,26 +251,57 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 
 def run_alone(name: str, folder: Path, options) -> dict:
-    """One contestant in this process; what it took."""
-    steps = CONTESTANTS[name](folder, options)
-    return {"seconds": steps, "peak_gib": peak_memory(torch.device(options.device)) / 2**30}
+    """One contestant in this process; its arithmetic where it is counted, and its memory."""
+    flops = CONTESTANTS[name](folder, options)
+    return {"flops": flops, "peak_gib": peak_memory(torch.device(options.device)) / 2**30}
 
 
-def in_own_process(name: str, folder: str) -> dict:
-    """The same in a new process, so that memory and settings of one are not those of the next."""
-    environment = dict(os.environ)
-    if name == "trl":  # any such variable keeps src/__init__.py from its own; this one, 0, changes nothing
-        environment["MALLOC_PERTURB_"] = "0"
-    command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--alone", name, folder]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    last = ""
-    for last in process.stdout:
-        if last.startswith("  "):
-            print(last, end="", flush=True)
-    if process.wait() != 0:
-        raise SystemExit(f"{name} has failed")
-    return json.loads(last)
+class Contestant:
+    """One of them in a process of its own, so that memory and settings of one are not those of another."""
+
+    def __init__(self, name: str, folder: str):
+        self.name, environment = name, dict(os.environ)
+        self.seconds: list[dict[str, float]] = []
+        if name == "trl":  # any such variable keeps src/__init__.py from its own; this one, 0, changes nothing
+            environment["MALLOC_PERTURB_"] = "0"
+        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--alone", name, folder]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def hear(self) -> dict:
+        """The next JSON document that it prints."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith('{"'):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} has failed")
+
+    def step(self) -> None:
+        """Its turn."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.seconds.append(found := self.hear())
+        print(f"  {self.name:13} rollout {found['rollout']:7.2f} s   update {found['update']:7.2f} s", flush=True)
+
+    def finish(self) -> dict:
+        """What it says at its end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.hear()
+
+
+def take_turns(contestants: list[Contestant], options) -> dict[str, list[float]]:
+    """A step of each, again and again; the ceilings of the machine as they were before each round."""
+    limits: dict[str, list[float]] = {"flops": [], "bytes": []}
+    for _ in range(options.repetitions + 1):
+        found = ceilings(torch.device(options.device), getattr(torch, options.dtype))
+        for name, limit in zip(limits, found, strict=True):
+            limits[name].append(limit)
+        print(f"  ceilings      {found[0] / 1e12:.3f} TFLOP/s   {found[1] / 1e9:.1f} GB/s", flush=True)
+        for contestant in contestants:
+            contestant.step()
+    return limits
 
 
 def main() -> None:
@@ -273,14 +316,21 @@ def main() -> None:
     result: dict = {"options": vars(options), **machine()}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)
-        results = {name: in_own_process(name, folder) for name in names}
+        contestants = [Contestant(name, folder) for name in names]
+        limits = take_turns(contestants, options)
+        results = {each.name: {"seconds": each.seconds, **each.finish()} for each in contestants}
     medians = {
         name: {phase: statistics.median(step[phase] for step in each["seconds"][1:]) for phase in ("rollout", "update")}
         for name, each in results.items()
     }
     for phases in medians.values():
         phases["step"] = phases["rollout"] + phases["update"]
-    result |= {"results": results, "median": medians}
+    result |= {"ceilings": limits, "results": results, "median": medians}
+    if "ours" in results:
+        flops = results["ours"]["flops"]
+        flops["step"] = sum(flops.values())
+        limit = statistics.median(limits["flops"])
+        result["share_of_ceiling"] = {phase: flops[phase] / limit / medians["ours"][phase] for phase in flops}
     for name in medians.keys() - {"ours"}:
         result[f"{name}_over_ours"] = {phase: medians[name][phase] / medians["ours"][phase] for phase in medians[name]}
     print(json.dumps(result))
