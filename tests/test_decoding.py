@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from src.engine import cuda_decoding, sampler
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
-from src.engine.decoding import GroupedAttention, JoinedAttention
+from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention
 from src.engine.packing import pack
 from src.engine.sampler import SlotDecoder, cache_bytes, fit_to_memory
 from src.engine.scoring import score
@@ -29,7 +29,7 @@ from src.engine.upload import packed, unpacked, upload
 # where the host waits for the device, or a shape depends on data: isin sorts when there are many, and lift_fresh is
 # torch.tensor(...), which copies to the device
 NOT_IN_A_GRAPH = ("_local_scalar_dense", "nonzero", "unique", "isin", "masked_select", "equal.default", "lift_fresh")
-MODES = ["captured", "captured, flash", "joined for the last"]
+MODES = ["captured", "captured, flash", "joined for the last", "merged"]
 
 
 class Recording(TorchDispatchMode):
@@ -101,6 +101,8 @@ def mode(request, monkeypatch):
     def switch_on():
         if request.param == "joined for the last":
             monkeypatch.setattr(sampler, "FEW", 1000)
+        elif request.param == "merged":  # of bf16 on a CPU, here in fp32
+            monkeypatch.setattr(sampler, "layout_for", lambda model: MergedAttention)
         elif "captured" in request.param:
             monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
             monkeypatch.setattr(PaddedAttention, "width_step", 8)
@@ -141,6 +143,37 @@ CASES = {
 def reference(case: str, slots: int):
     """In the grouped layout, whatever the mode of the test that asks first."""
     return sample(make_pair("llama")[0], slots=slots, **CASES[case])
+
+
+def test_in_bf16_a_cpu_merges_two_parts_with_a_smaller_error():
+    assert layout_for(make_pair("llama")[0]) is GroupedAttention
+    assert layout_for(make_pair("llama")[0].bfloat16()) is MergedAttention
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    prompt_lengths, rows, lengths = np.array([120, 117]), np.repeat([0, 1], 8), np.arange(44, 60)
+    prompt, own = [draw(1, 2, 3, 120, 64) for _ in range(2)], [draw(16, 3, 64, 64) for _ in range(2)]
+    query, new = draw(16, 9, 1, 64), [draw(16, 3, 1, 64) for _ in range(2)]
+    found = {}
+    for layout in (GroupedAttention, MergedAttention):
+        attention = layout((*prompt, prompt_lengths), 16, 64)
+        attention.keys[0].copy_(own[0]), attention.values[0].copy_(own[1])
+        attention.arrange(rows, lengths, np.zeros(16, dtype=bool))
+        attention.begin_step(torch.from_numpy(lengths), torch.from_numpy(lengths + prompt_lengths[rows]))
+        found[layout] = attention.attend(0, query, *new, 0.125)[:, 0].double()
+    errors = {layout: [] for layout in found}
+    for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        keys, values = (
+            torch.cat([of_prompts[0, row, :, : prompt_lengths[row]], of_slot[slot, :, :length], last[slot]], 1).double()
+            for of_prompts, of_slot, last in zip(prompt, own, new, strict=True)
+        )  # [Hkv, tokens, D]
+        weights = (query[slot].view(3, 3, 64).double() @ keys.transpose(-1, -2) * 0.125).softmax(-1)
+        for layout, output in found.items():
+            errors[layout].append(output[slot] - (weights @ values).view(9, 64))
+    grouped, merged = (float(torch.stack(errors[layout]).square().mean().sqrt()) for layout in found)
+    assert merged < 0.9 * grouped < 0.002
 
 
 @pytest.mark.parametrize("case, slots", [("ragged", 1), *((case, slots) for case in CASES for slots in (7, 64))])

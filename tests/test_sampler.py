@@ -296,7 +296,7 @@ def test_memory_that_malloc_keeps_is_free_too():
     blocks = [torch.ones(2**26 // 4) for _ in range(4)]  # 64 MiB each
     during = kept_by_malloc()
     del blocks
-    assert kept_by_malloc() - during >= 4 * 2**26
+    assert kept_by_malloc() - during > 0.99 * 4 * 2**26  # some of it may serve what came since
 
 
 def test_the_limit_of_a_container_is_the_limit(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from src.engine.decoding import GroupedAttention, JoinedAttention, cache_shape
+from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention, cache_shape
 from src.engine.memory import causes, out_of_memory
 
 logger = logging.getLogger("grpo")
@@ -126,7 +126,8 @@ def flash_works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
 def layout_for(model) -> type[GroupedAttention] | type[JoinedAttention]:
     """The layout of the cache to start with."""
     if not uses_graphs(model.device):
-        return GroupedAttention
+        in_bf16 = model.device.type == "cpu" and model.dtype == torch.bfloat16
+        return MergedAttention if in_bf16 else GroupedAttention
     heads = model.config.get_text_config().num_attention_heads
     _, kv_heads, head_dim = cache_shape(model)
     works = model.dtype in HALF and flash_works(model.device, model.dtype, heads, kv_heads, head_dim)

@@ -6,7 +6,7 @@ from torch import Tensor
 from src.engine.optim_codes import padded
 from src.engine.sharding import local
 
-CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # multiples of BLOCK; 28 bytes of scratch each, on a CPU within L2
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}  # multiples of BLOCK; 28 bytes of scratch each, on a CPU in its caches
 PHASES = 2**16  # period of the dither's phases along a flat tensor
 
 
