@@ -279,8 +279,11 @@ class Contestant:
     def step(self) -> None:
         """Its turn."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it ended: where memory does not suffice for all of them the system kills one
+            raise SystemExit(f"{self.name} has failed") from None
         self.seconds.append(found := self.hear())
         print(f"  {self.name:13} rollout {found['rollout']:7.2f} s   update {found['update']:7.2f} s", flush=True)
 

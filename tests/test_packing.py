@@ -16,7 +16,14 @@ from benchmarks.update import scoring_memory
 from src.config import Config, ConfigError, ModelConfig
 from src.engine import scoring, statistics
 from src.engine.attention import ATTENTION_NAME, PackedAttention, check_attention, grpo_packed_attention
-from src.engine.models import check_compiler, compile_layers, decoder_layers, load_model
+from src.engine.models import (
+    check_compiler,
+    compile_layers,
+    decoder_layers,
+    fuse_norms,
+    load_model,
+    one_kernel_norm,
+)
 from src.engine.packing import Pass, fill_microbatches, pack, split_into_microbatches
 from src.engine.scoring import score
 from src.engine.statistics import TokenStatistics
@@ -136,6 +143,35 @@ def test_packed_logprobs_and_gradients_equal_the_plain_forward(name, chunk_token
     (expected * weights).sum().backward()
     for (parameter_name, a), b in zip(packed.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=parameter_name)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_one_kernel_change_nothing_but_rounding(name, dtype):
+    packed, fused = make_pair(name)[0].to(dtype), make_pair(name)[0].to(dtype)
+    norms = [module for module in fused.modules() if "Norm" in type(module).__name__]
+    assert fuse_norms(fused) == len(norms) >= 2 * SHAPE["num_hidden_layers"] + 1
+    assert all(type(norm).forward is one_kernel_norm for norm in norms) and "Norm" in type(norms[0]).__name__
+    found = []
+    for model in (packed, fused):
+        logprobs = score(model, make_row(dtype=dtype), 1.0).logprobs
+        logprobs.sum().backward()
+        found.append((logprobs, *(parameter.grad for parameter in model.parameters())))
+    rounding = 1e-5 if dtype == torch.float32 else 0.05
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= rounding * theirs.norm()
+    assert copy.deepcopy(fused).state_dict().keys() == packed.state_dict().keys()
+
+
+def test_norms_that_compute_something_else_stay_as_they_are(monkeypatch):
+    model = make_pair("llama")[0]
+    kind = type(model.get_decoder().norm)
+    whole = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda norm, hidden: whole(norm, hidden) + hidden)  # as where 1 is added
+    assert fuse_norms(model) == 0 and type(model.get_decoder().norm) is kind
+    monkeypatch.undo()
+    model.get_decoder().norm.weight = torch.nn.Parameter(model.get_decoder().norm.weight.double())
+    assert fuse_norms(model) == 2 * SHAPE["num_hidden_layers"]
 
 
 def jensen_shannon(logits, anchor_logits):
