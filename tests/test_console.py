@@ -144,7 +144,8 @@ def test_the_start_says_what_will_run(tmp_path, capsys):
     assert "data        countdown: 16 training problems, 4 for the evaluation" in out
     assert "step        4 prompts x 4 completions of at most 40 tokens, 2 updates; 2 steps" in out
     assert "loss        kl x 0.04, learning rate 0.0002" in out
-    assert re.search(r"memory      estimated weights 2\.5, .* at most .* at once; .* GiB\s+are free", out, re.DOTALL)
+    memory = r"memory estimated weights 2\.5, .* at most .* at once, with 8,192 tokens a pass; .* GiB are free"
+    assert re.search(memory, " ".join(out.split()))
     (prompt,) = re.findall(r"\| (<\|user\|>.*<\|assistant\|>)", out)
     (tokens,) = re.findall(r"prompt +the first one, (\d+) tokens: (.*?)\n +\|", out, re.DOTALL)
     assert tokens[1].endswith("4 '<|assistant|>'") and len(re.findall(r"\d+ '", tokens[1])) == int(tokens[0])

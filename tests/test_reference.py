@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from src.config import ConfigError
 from src.engine import Engine, build
-from src.engine.models import decoder_layers
+from src.engine.models import decoder_layers, one_kernel_norm
 from src.engine.plan import memory_plan
 from src.engine.reference import StreamedReference
 from src.engine.scoring import score
@@ -130,6 +130,17 @@ def test_a_run_learns_the_same_and_goes_on_from_a_checkpoint_with_a_moving_refer
         (final,) = (tmp_path / name).glob("runs/*/final")
         finals.append(AutoModelForCausalLM.from_pretrained(final).state_dict())
     assert all(torch.equal(weight, finals[1][name]) for name, weight in finals[0].items())
+
+
+@pytest.mark.parametrize("offload", ["true", "false"])
+def test_norms_of_one_kernel_are_those_of_policy_and_reference_alike(offload, monkeypatch):
+    monkeypatch.setattr(build, "FUSED_ON", ("cpu",))
+    engine = Engine(tiny_config(f"training.reference_offload={offload}"))
+    engine.load_model()
+    norms = [module for module in engine.model.modules() if "Norm" in type(module).__name__]
+    assert norms and all(type(norm).forward is one_kernel_norm for norm in norms)
+    scores = score(engine.model, make_row(), 1.0, engine.anchor)
+    assert torch.equal(scores.anchor_logprobs, scores.logprobs)
 
 
 def test_it_is_refused_where_the_reference_is_no_model_of_its_own(monkeypatch):

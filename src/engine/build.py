@@ -5,10 +5,19 @@ import torch
 from src.config import Config, ConfigError, TrainingConfig
 from src.engine.attention import check_attention
 from src.engine.distributed import from_main, world
-from src.engine.models import check_compiler, compile_layers, load_model, resolve_device, resolve_model_path
+from src.engine.models import (
+    check_compiler,
+    compile_layers,
+    fuse_norms,
+    load_model,
+    resolve_device,
+    resolve_model_path,
+)
 from src.engine.optim import build_optimizer
 from src.engine.reference import StreamedReference
 from src.engine.sharding import shard
+
+FUSED_ON = ("cuda",)  # where a norm can be one kernel
 
 
 def is_lora(config: Config) -> bool:
@@ -47,10 +56,18 @@ def check_machine(config: Config, for_training: bool) -> torch.device:
     return device
 
 
+def load_for(device: torch.device, config: Config, place: torch.device):
+    """A model that computes on `device`, with its weights in `place`."""
+    model = load_model(config, place)
+    if device.type in FUSED_ON:
+        fuse_norms(model)
+    return model
+
+
 def load_policy(config: Config, device: torch.device, for_training: bool):
     """The model that is trained: whole, sharded, or with an adapter."""
     training = config.training
-    model = load_model(config, device)
+    model = load_for(device, config, device)
     if is_lora(config):
         from src.engine.lora import add_adapter  # here, because only a LoRA run needs peft
 
@@ -70,7 +87,8 @@ def load_anchor(config: Config, model, device: torch.device):
         from src.engine.lora import FrozenBase  # here, because only a LoRA run needs peft
 
         return FrozenBase(model, loaded=bool(config.lora.path))
-    anchor = load_model(config, torch.device("cpu") if training.reference_offload else device).requires_grad_(False)
+    place = torch.device("cpu") if training.reference_offload else device
+    anchor = load_for(device, config, place).requires_grad_(False)
     if config.model.compile:  # as the policy is, so that the same weights give the same log-probs
         compile_layers(anchor)
     if training.reference_offload:

@@ -65,9 +65,7 @@ class Engine:
         self.config, self.for_training = config, for_training
         self.device = check_machine(config, for_training)
         self.tokenizer = load_tokenizer(config)
-        self.configured = self.limit = Limit(
-            1, None, CHUNK_ELEMENTS[self.device.type]
-        )  # until load_model sees what fits
+        self.configured = self.limit = Limit(1, None, CHUNK_ELEMENTS[self.device.type])  # load_model sees what fits
         self.report: Callable[[str, Callable[[], float]], None] = lambda verb, share: None  # hears what is done
         self.reply: Callable[[Problem, Transcript, int], Told | None] | None = None  # of a task of several turns
         self.check_stop: Callable[[], None] = lambda: None  # raises where the step in progress may be given up

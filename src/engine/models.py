@@ -19,7 +19,6 @@ from src.engine.attention import ATTENTION_NAME, grpo_packed_attention
 logger = logging.getLogger("grpo")
 # what some repositories hold beside the safetensors: the same weights again, larger
 OTHER_FORMATS = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "original/*"]
-FUSED_ON = ("cuda",)  # on a CPU it is not one kernel, and not faster
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a norm's result, relative
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 transformers_logging.set_verbosity_error()
@@ -180,13 +179,10 @@ def load_model(config: Config, device: torch.device, path: str | None = None):
     )
     if config.model.fp32_head and model.dtype != torch.float32:
         widen_head(model)
-    model.to(device)
-    if device.type in FUSED_ON:
-        fuse_norms(model)
     if config.model.gradient_checkpointing:  # transformers does it in training mode only; dropout is off in any case
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.train()
-    return model.eval()
+        return model.to(device).train()
+    return model.to(device).eval()
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
