@@ -25,9 +25,8 @@ def wide(logits: Tensor) -> Tensor:
 
 def softened(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of logits [tokens, vocab] in fp32: below the largest, exp of that, log of its sum, normalizer [tokens, 1]."""
-    logits = wide(logits)
-    largest = logits.amax(-1, keepdim=True)  # [tokens, 1]
-    below = logits - largest  # [tokens, vocab]
+    largest = wide(logits.amax(-1, keepdim=True))  # [tokens, 1]
+    below = logits.to(largest.dtype, copy=True).sub_(largest)  # [tokens, vocab]
     weights = below.exp()  # [tokens, vocab]
     rest = weights.sum(-1, keepdim=True).log()  # [tokens, 1]
     return below, weights, rest, largest + rest
@@ -103,7 +102,7 @@ def measure(fused: bool, *arguments) -> list:
     """What `statistics` returns, by itself or by its compiled form."""
     function = compiled(statistics) if fused else statistics
     columns = zip(*(function(*cut(arguments, rows)) for rows in blocks(arguments[0])), strict=True)
-    return [None if column[0] is None else torch.cat(column) for column in columns]
+    return [column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in columns]
 
 
 def differentiate(fused: bool, *arguments) -> Tensor:
