@@ -9,8 +9,8 @@ backward, clipping, optimizer). Before each round the machine's ceilings are mea
 one step of ours is counted, so that its share of the ceiling can be said. Every completion has --new_tokens: no end
 token is set. With --beta above 0 all score a frozen reference; that is counted as update. TRL runs as its defaults say,
 but without gradient checkpointing and without writing anything; `trl_allocator` is TRL with what src/__init__.py sets
-for the memory and threads of a CPU, `trl` is left out unless `--skip` is given. Ours keeps fp32 master weights where
-TRL trains the bf16 weights themselves. The last line of stdout is one JSON document.
+for the memory and threads of a CPU, `trl` runs with `--skip` and no name behind it. Ours keeps fp32 master weights
+where TRL trains the bf16 weights themselves. The last line of stdout is one JSON document.
 """
 
 import argparse

@@ -495,7 +495,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 def convert(value: Any, wanted: Any, where: str) -> Any:
     """`value` as the field's type, or a ConfigError. YAML reads 1e-6 as a string, so number-like strings count."""
-    given = get_args(wanted)
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
     if isinstance(wanted, UnionType):
         if value is None and type(None) in get_args(wanted):
             return None
@@ -504,8 +504,10 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
             return {
                 str(name): convert(item, get_args(options[-1])[1], f"{where}.{name}") for name, item in value.items()
             }
-        if value == AUTO and str in options:
-            return value
+        if options == [int, str]:
+            if value == AUTO:
+                return value
+            names[int] += f" or {AUTO}"
         wanted = options[0]
     if get_origin(wanted) is list:
         items = value if isinstance(value, list) else [value]
@@ -527,15 +529,14 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
                 return int(number)
         except (ValueError, OverflowError):
             pass
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    name = names.get(wanted, "a mapping such as {name: value}") + f" or {AUTO}" * (wanted is int and str in given)
-    raise ConfigError(f"{where} must be {name}, not {value!r}")
+    wanted_name = names.get(wanted, "a mapping such as {name: value}")
+    raise ConfigError(f"{where} must be {wanted_name}, not {value!r}")
 
 
 def check_rules(value: Any, rules: Any, where: str) -> None:
     """Range and choice of one value (each item of a list), or a ConfigError."""
     for item in value if isinstance(value, list) else [value]:
-        if item is None or item == AUTO:
+        if item is None:
             continue
         if "choices" in rules and item not in rules["choices"]:
             advice = suggest(str(item), list(rules["choices"]))
@@ -548,7 +549,7 @@ def check_rules(value: Any, rules: Any, where: str) -> None:
             ("maximum", lambda a, b: a > b, "at most"),
             ("below", lambda a, b: a >= b, "less than"),
         ):
-            if rule in rules and wrong(item, rules[rule]):
+            if rule in rules and item != AUTO and wrong(item, rules[rule]):
                 raise ConfigError(f"{where} must be {words} {rules[rule]}, not {item}")
 
 

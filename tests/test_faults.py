@@ -23,6 +23,7 @@ from src.commands import run_evaluation
 from src.config import ConfigError, RunError, Stopped, load_config
 from src.engine import engine as engine_module
 from src.engine import models, plan
+from src.engine.memory import memory_of
 from src.engine.plan import FEWEST_LOGITS, Limit, limit_of, memory_plan, of_update
 from src.engine.scoring import CHUNK_ELEMENTS
 from src.prepare import prepare
@@ -161,6 +162,21 @@ def test_a_number_goes_before_completions_and_these_before_what_fits():
         assert (limit.completions, limit.tokens) == expected
     with pytest.raises(ConfigError, match="must be a whole number or auto, not 'large'"):
         config_with("training.max_tokens_per_microbatch=large")
+    with pytest.raises(ConfigError, match="must be at least 1, not 0"):
+        config_with("training.max_tokens_per_microbatch=0")
+    for other in ("model.dtype", "training.loss_agg"):
+        with pytest.raises(ConfigError, match=f"{other}: 'auto' is not known"):
+            config_with(f"{other}=auto")
+    with pytest.raises(ConfigError, match="micro_batch_size must be a whole number, not 'auto'"):
+        config_with("training.micro_batch_size=auto")
+
+
+def test_the_memory_of_a_machine_is_that_of_its_control_group(tmp_path):
+    whole = memory_of(torch.device("cpu"), tmp_path)  # no control group
+    assert 2**30 < whole == memory_of(torch.device("cpu"), tmp_path / "none")
+    for text, expected in (("max\n", whole), ("1073741824\n", 2**30), (f"{2**60}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory_of(torch.device("cpu"), tmp_path) == expected
 
 
 def prepare_limit(run):
