@@ -8,8 +8,8 @@ from test_packing import make_pair
 from test_sampler import sample, tokens_of
 from torch.nn.functional import scaled_dot_product_attention
 
-from src.config import LoraConfig
-from src.engine import cpu_attention, cpu_weights
+from src.config import Config, LoraConfig, ModelConfig
+from src.engine import build, cpu_attention, cpu_weights
 from src.engine.cpu_weights import gathered, in_order_of_the_processor
 from src.engine.packing import pack
 from src.engine.scoring import score
@@ -85,7 +85,10 @@ def check_mismatch(model, temperature: float) -> None:
     assert not any("forward" in vars(module) for module in model.modules())  # the copies are taken away
 
 
-@pytest.mark.parametrize("reordered", [True, False])
+NEEDS_BF16 = pytest.mark.skipif(not cpu_weights.has_products(), reason="this processor has no products in bf16")
+
+
+@pytest.mark.parametrize("reordered", [pytest.param(True, marks=NEEDS_BF16), False])
 def test_what_is_sampled_has_the_trainers_logprobs_also_after_an_update(bf16_model, reordered):
     with patch.object(cpu_weights, "applies", lambda *_: reordered):
         check_mismatch(bf16_model, 0.9)
@@ -95,6 +98,7 @@ def test_what_is_sampled_has_the_trainers_logprobs_also_after_an_update(bf16_mod
         check_mismatch(bf16_model, 1.0)
 
 
+@NEEDS_BF16
 def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_model):
     layers = [module for module in bf16_model.modules() if isinstance(module, torch.nn.Linear)]
     assert {id(layer) for group in gathered(bf16_model) for layer in group} == {id(layer) for layer in layers}
@@ -120,6 +124,7 @@ def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_mo
         torch.testing.assert_close(other, attention.k_proj(hidden + 1), atol=0.01, rtol=0.01)
 
 
+@NEEDS_BF16
 def test_reordering_is_left_out_in_fp32_and_where_memory_is_short_and_an_error_takes_the_copies_away(bf16_model):
     with pytest.raises(ZeroDivisionError), in_order_of_the_processor(bf16_model, 4, 1e12):
         assert any("forward" in vars(module) for module in bf16_model.modules())
@@ -130,6 +135,7 @@ def test_reordering_is_left_out_in_fp32_and_where_memory_is_short_and_an_error_t
     assert not cpu_weights.applies(bf16_model.float(), 1e12)
 
 
+@NEEDS_BF16
 def test_an_adapters_base_layers_are_reordered_one_by_one():
     from src.engine.lora import add_adapter  # here, because it imports peft
 
@@ -139,3 +145,22 @@ def test_an_adapters_base_layers_are_reordered_one_by_one():
     with torch.inference_mode(), in_order_of_the_processor(model, 4, 1e12):
         assert sum("forward" in vars(module) for module in model.modules()) == len(groups)
     assert len(tokens_of(sample(model, 2))) == 12
+
+
+def test_a_processor_without_bf16_arithmetic_samples_all_the_same_and_a_line_says_what_is_faster(
+    bf16_model, caplog, monkeypatch
+):
+    config = Config(ModelConfig(device="cpu", dtype="bfloat16"))
+    monkeypatch.setattr(build, "X86", True)
+    for supported in (True, False):
+        monkeypatch.setattr(build, "has_products", lambda supported=supported: supported)
+        caplog.clear()
+        build.check_machine(config, for_training=True)
+        assert ("set model.dtype: float32" in caplog.text) is not supported
+    with patch.object(cpu_weights, "has_products", lambda: False):
+        assert not cpu_weights.applies(bf16_model, 1e12)
+        check_mismatch(bf16_model, 1.0)
+    config.model.dtype = "float32"
+    caplog.clear()
+    build.check_machine(config, for_training=True)
+    assert not caplog.text

@@ -1,9 +1,12 @@
 """From a config to what an engine is made of: policy, frozen anchor, optimizer; ConfigError for what cannot work."""
 
+import logging
+
 import torch
 
 from src.config import Config, ConfigError, TrainingConfig
 from src.engine.attention import check_attention
+from src.engine.cpu_weights import X86, has_products
 from src.engine.distributed import from_main, world
 from src.engine.models import (
     check_compiler,
@@ -17,6 +20,7 @@ from src.engine.optim import build_optimizer
 from src.engine.reference import StreamedReference
 from src.engine.sharding import shard
 
+logger = logging.getLogger("grpo")
 FUSED_ON = ("cuda",)  # where a norm can be one kernel
 
 
@@ -50,6 +54,11 @@ def check_machine(config: Config, for_training: bool) -> torch.device:
             f"{config.source}: model.device: {device} would be that of every process; with several set it to cuda"
         )
     check_reference_offload(config)
+    if device.type == "cpu" and config.model.dtype == "bfloat16" and X86 and not has_products():
+        logger.warning(
+            "this processor has no bf16 arithmetic, and with bf16 takes about eight times as long as with fp32; "
+            "set model.dtype: float32"
+        )
     if config.model.compile and for_training:
         check_compiler(device)
     from_main(resolve_model_path, config.model.pretrained_model_path)  # a download happens once

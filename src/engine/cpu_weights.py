@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src.engine.models import Float32Head
 
+X86 = platform.machine() in ("x86_64", "AMD64")
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other on the same tensor
 
 
@@ -65,6 +66,12 @@ def gathered(model) -> list[list[nn.Linear]]:
     return groups + [[module] for module in single if module not in seen]
 
 
+def has_products() -> bool:
+    """Whether this processor multiplies in bf16: of x86 those with AVX-512 and a few more, not with AVX2 alone."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return X86 and torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
 def applies(model, free: float) -> bool:
     """Whether this machine has these products, and memory (`free` bytes) for the weights a second time."""
     plain = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
@@ -72,8 +79,7 @@ def applies(model, free: float) -> bool:
         model.device.type == "cpu"
         and model.dtype == torch.bfloat16
         and plain
-        and platform.machine() in ("x86_64", "AMD64")
-        and torch.backends.mkldnn.is_available()
+        and has_products()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and 4 * sum(parameter.nbytes for parameter in model.parameters()) < free
     )
