@@ -39,6 +39,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     Qwen2Config,
+    Qwen3Config,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -73,6 +74,7 @@ SHAPES = {
     "tiny": shape(LlamaConfig, 129, 128, 384, 3, 4, 4),
     "smollm2-135m": shape(LlamaConfig, 49152, 576, 1536, 30, 9, 3),
     "qwen2.5-0.5b": shape(Qwen2Config, 151936, 896, 4864, 24, 14, 2),
+    "qwen3-0.6b": shape(Qwen3Config, 151936, 1024, 3072, 28, 16, 8),
     "1.5b": shape(Qwen2Config, 151936, 1536, 8960, 28, 12, 2),
     "3b": shape(Qwen2Config, 151936, 2048, 11008, 36, 16, 2),
     "7b": shape(Qwen2Config, 152064, 3584, 18944, 28, 28, 4, tied=False),
@@ -117,7 +119,10 @@ def load(options) -> tuple:
     torch.manual_seed(0)
     if options.shape in SHAPES:
         config = SHAPES[options.shape]
-        ours = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME, dtype=dtype)
+        with torch.device(options.device):  # on a CPU random weights of 1.5B take half a minute
+            ours = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=ATTENTION_NAME, dtype=dtype
+            )
     else:
         config = AutoConfig.from_pretrained(options.shape)
         ours = AutoModelForCausalLM.from_pretrained(options.shape, attn_implementation=ATTENTION_NAME, dtype=dtype)

@@ -61,7 +61,8 @@ def make_model(folder: Path, options) -> None:
     """Random weights of the shape, and a tokenizer whose words are numbers, in Hugging Face format."""
     torch.manual_seed(0)
     config = SHAPES[options.shape]
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    with torch.device(options.device):  # on a CPU random weights of 1.5B take half a minute
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     words = {str(index): index for index in range(config.vocab_size)}

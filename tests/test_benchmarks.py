@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fp32_head, ot_figure, ot_scale, step, turns, update
+from benchmarks import fp32_head, gpu_first, ot_figure, ot_scale, step, turns, update
 from src.records import Episode, Group, Problem
 
 SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick"]
@@ -105,3 +105,21 @@ def test_the_three_ways_to_a_second_turn_make_as_many_tokens_and_are_timed(monke
     """The benchmark itself fails where one makes other lengths."""
     result = result_of(turns, monkeypatch, capsys, "--shape", "tiny", "--quick", smallest=[])
     assert set(result["median"]) == {"reply", "again", "one turn"} and min(result["median"].values()) > 0
+
+
+def test_the_first_minutes_on_a_gpu_run_on_a_cpu_too_and_what_fails_is_written_down(tmp_path, monkeypatch, capsys):
+    words = ["--output", str(tmp_path), "--quick", "--device", "cpu", "--dtype", "float32"]
+    for stage in ("mismatch", "decode", "update", "optimizer", "peaks"):
+        gpu_first.STAGES[stage](gpu_first.parse_arguments([*words, "--stage", stage]))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {stage: [row for row in rows if row["stage"] == stage] for stage in gpu_first.STAGES}
+    assert [row["mean"] < 1e-5 for row in found["mismatch"][:4]] == [True] * 4
+    assert found["mismatch"][4]["graphs_sample_the_same"] == {"flash": True, "padded": True}
+    assert [row["rows"] for row in found["decode"]] == [16, 4, 1] and found["decode"][0]["floor_ms"] > 0
+    assert [row["tokens"] for row in found["update"]] == [2 * (16 + 2 * 16)] * 2
+    assert [row["optimizer"] for row in found["optimizer"]] == ["24/8", "24/16", "24/8, offloaded", "torch, fused"]
+    assert [row["size"] for row in found["peaks"]] == ["3b", "3b", "7b", "7b"]
+    monkeypatch.setattr(sys, "argv", ["gpu_first", *words, "--device", "cuda:99", "--stages", "decode"])
+    gpu_first.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["codes"] == {"decode": 1} and "cuda:99 is not there" in document["results"][-1]["error"]
