@@ -5,12 +5,14 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import SimpleNamespace, UnionType
 from typing import Any, cast, get_args, get_origin
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.rollout import SHAPES
 from src.config import SECTIONS, SEED_FORMAT_KEYS, Config, known_penalties, load_config
+from src.engine import lighter
 from src.engine.plan import memory_plan, peak_of
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -152,9 +154,12 @@ def plan_of(shape: str, folder: str) -> dict[str, int]:
     (file,) = (PROJECT / "configs" / f"configs_{folder}").glob("config_kl_*.yaml")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[shape]), dtype=torch.bfloat16)
+    with patch.object(lighter, "gives_the_same", lambda *_: True):  # as on a GPU; without weights nothing can be tried
+        lighter.lighten(model)
     on_cuda = SimpleNamespace(
-        parameters=model.parameters, config=model.config, dtype=model.dtype, device=torch.device("cuda")
-    )
+        parameters=model.parameters, modules=model.modules, config=model.config, dtype=model.dtype,
+        device=torch.device("cuda"),
+    )  # fmt: skip
     config: Config = load_config(file)
     return memory_plan(config, on_cuda, model)
 

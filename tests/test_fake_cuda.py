@@ -19,7 +19,7 @@ from src.config import TrainingConfig
 from src.engine import cuda_decoding, sampler, statistics
 from src.engine.attention import ATTENTION_NAME
 from src.engine.build import optimizer_of
-from src.engine.models import with_one_kernel
+from src.engine.lighter import lean_mlp, one_kernel_norm, with_forward
 from src.engine.packing import pack
 from src.engine.scoring import score
 from src.engine.token_choice import SamplingSettings
@@ -62,7 +62,9 @@ def model():
                 kind = torch.nn.Parameter if name in module._parameters else torch.Tensor.detach
                 setattr(module, name, None if one is None else kind(torch.empty_like(one, device=CUDA)))
             if hasattr(module, "variance_epsilon"):  # as load_model does, where it can try it
-                module.__class__ = with_one_kernel(type(module))
+                module.__class__ = with_forward(type(module), one_kernel_norm)
+            if hasattr(module, "gate_proj"):
+                module.__class__ = with_forward(type(module), lean_mlp)
         yield model
 
 

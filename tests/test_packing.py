@@ -16,14 +16,8 @@ from benchmarks.update import scoring_memory
 from src.config import Config, ConfigError, ModelConfig
 from src.engine import scoring, statistics
 from src.engine.attention import ATTENTION_NAME, PackedAttention, check_attention, grpo_packed_attention
-from src.engine.models import (
-    check_compiler,
-    compile_layers,
-    decoder_layers,
-    fuse_norms,
-    load_model,
-    one_kernel_norm,
-)
+from src.engine.lighter import kept_of_layer, lean_mlp, lighten, one_kernel_norm, with_forward
+from src.engine.models import check_compiler, compile_layers, decoder_layers, load_model
 from src.engine.packing import Pass, fill_microbatches, pack, split_into_microbatches
 from src.engine.scoring import score
 from src.engine.statistics import TokenStatistics
@@ -145,33 +139,99 @@ def test_packed_logprobs_and_gradients_equal_the_plain_forward(name, chunk_token
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=parameter_name)
 
 
+def parts_of(model, word: str) -> list:
+    return [module for module in model.modules() if word in type(module).__name__]
+
+
+def scores_and_gradients(model, dtype) -> list[torch.Tensor]:
+    logprobs = score(model, make_row(dtype=dtype), 1.0).logprobs
+    logprobs.sum().backward()
+    return [logprobs, *(parameter.grad for parameter in model.parameters())]
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_one_kernel_change_nothing_but_rounding(name, dtype):
     packed, fused = make_pair(name)[0].to(dtype), make_pair(name)[0].to(dtype)
-    norms = [module for module in fused.modules() if "Norm" in type(module).__name__]
-    assert fuse_norms(fused) == len(norms) >= 2 * SHAPE["num_hidden_layers"] + 1
-    assert all(type(norm).forward is one_kernel_norm for norm in norms) and "Norm" in type(norms[0]).__name__
-    found = []
-    for model in (packed, fused):
-        logprobs = score(model, make_row(dtype=dtype), 1.0).logprobs
-        logprobs.sum().backward()
-        found.append((logprobs, *(parameter.grad for parameter in model.parameters())))
+    norms, gated = parts_of(fused, "Norm"), parts_of(fused, "MLP")
+    assert lighten(fused) == len(norms) + len(gated) and len(norms) >= 2 * SHAPE["num_hidden_layers"] + 1
+    assert all(type(norm).forward is one_kernel_norm for norm in norms) and parts_of(fused, "Norm") == norms
+    assert all(type(mlp).forward is lean_mlp for mlp in gated) and len(gated) == SHAPE["num_hidden_layers"]
     rounding = 1e-5 if dtype == torch.float32 else 0.05
-    for theirs, ours in zip(*found, strict=True):
+    for theirs, ours in zip(*(scores_and_gradients(model, dtype) for model in (packed, fused)), strict=True):
         assert (ours - theirs).norm() <= rounding * theirs.norm()
     assert copy.deepcopy(fused).state_dict().keys() == packed.state_dict().keys()
 
 
+def kept_widths(mlp, hidden) -> int:
+    """Tensors as wide as the MLP that are kept for its backward pass, without its weights."""
+    kept, weights = set(), {weight.data_ptr() for weight in mlp.parameters()}
+
+    def keep(tensor):
+        if SHAPE["intermediate_size"] in tensor.shape and tensor.data_ptr() not in weights:
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mlp(hidden).sum().backward()
+    return len(kept)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lean_mlps_keep_half_and_change_no_bit(name, dtype, checkpointing):
+    plain, lean = (make_pair(name)[0].to(dtype) for _ in range(2))
+    hidden = torch.randn(1, 7, SHAPE["hidden_size"], dtype=dtype)  # not small: what is kept must have addresses
+    assert kept_of_layer(plain)[1] == kept_widths(parts_of(plain, "MLP")[0], hidden) == 4
+    for mlp in parts_of(lean, "MLP"):
+        mlp.__class__ = with_forward(type(mlp), lean_mlp)
+    assert kept_of_layer(lean)[1] == kept_widths(parts_of(lean, "MLP")[0], hidden) == 2
+    for model in (plain, lean):
+        model.zero_grad(set_to_none=True)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+    for theirs, ours in zip(*(scores_and_gradients(model, dtype) for model in (plain, lean)), strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.inference_mode():
+        assert torch.equal(parts_of(lean, "MLP")[0](hidden), parts_of(plain, "MLP")[0](hidden))
+
+
+def test_mlps_with_another_function_or_an_adapter_compute_what_they_did():
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.hidden_act = "gelu"
+    torch.manual_seed(0)
+    model = packed_model(config)
+    assert lighten(model) == 2 * SHAPE["num_hidden_layers"] + 1 and kept_of_layer(model) == (6, 4)  # norms alone
+
+    from peft import LoraConfig, get_peft_model  # here, because only this test needs it
+
+    pair = []
+    for lighter in (False, True):
+        model = make_pair("llama")[0]
+        if lighter:
+            lighten(model)
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+        pair.append([parts_of(adapted, "MLP")[0](torch.ones(1, 3, SHAPE["hidden_size"]))])
+        pair[-1][0].sum().backward()
+        pair[-1] += [weight.grad for weight in parts_of(adapted, "MLP")[0].parameters() if weight.grad is not None]
+    assert len(pair[0]) == 3
+    for theirs, ours in zip(*pair, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_norms_that_compute_something_else_stay_as_they_are(monkeypatch):
-    model = make_pair("llama")[0]
+    model, layers = make_pair("llama")[0], SHAPE["num_hidden_layers"]
     kind = type(model.get_decoder().norm)
     whole = kind.forward
     monkeypatch.setattr(kind, "forward", lambda norm, hidden: whole(norm, hidden) + hidden)  # as where 1 is added
-    assert fuse_norms(model) == 0 and type(model.get_decoder().norm) is kind
+    assert lighten(model) == layers and type(model.get_decoder().norm) is kind  # the MLPs alone
     monkeypatch.undo()
+    model = make_pair("llama")[0]
     model.get_decoder().norm.weight = torch.nn.Parameter(model.get_decoder().norm.weight.double())
-    assert fuse_norms(model) == 2 * SHAPE["num_hidden_layers"]
+    assert lighten(model) == 3 * layers
 
 
 def jensen_shannon(logits, anchor_logits):

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from src.config import ConfigError
 from src.engine import Engine, build
-from src.engine.models import decoder_layers, one_kernel_norm
+from src.engine.lighter import one_kernel_norm
+from src.engine.models import decoder_layers
 from src.engine.plan import memory_plan
 from src.engine.reference import StreamedReference
 from src.engine.scoring import score
@@ -134,7 +135,7 @@ def test_a_run_learns_the_same_and_goes_on_from_a_checkpoint_with_a_moving_refer
 
 @pytest.mark.parametrize("offload", ["true", "false"])
 def test_norms_of_one_kernel_are_those_of_policy_and_reference_alike(offload, monkeypatch):
-    monkeypatch.setattr(build, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(build, "LIGHT_ON", ("cpu",))
     engine = Engine(tiny_config(f"training.reference_offload={offload}", "model.dtype=bfloat16"))
     engine.load_model()
     norms = [module for module in engine.model.modules() if "Norm" in type(module).__name__]

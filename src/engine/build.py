@@ -8,20 +8,14 @@ from src.config import Config, ConfigError, TrainingConfig
 from src.engine.attention import check_attention
 from src.engine.cpu_weights import X86, has_products
 from src.engine.distributed import from_main, world
-from src.engine.models import (
-    check_compiler,
-    compile_layers,
-    fuse_norms,
-    load_model,
-    resolve_device,
-    resolve_model_path,
-)
+from src.engine.lighter import lighten
+from src.engine.models import check_compiler, compile_layers, load_model, resolve_device, resolve_model_path
 from src.engine.optim import build_optimizer
 from src.engine.reference import StreamedReference
 from src.engine.sharding import shard
 
 logger = logging.getLogger("grpo")
-FUSED_ON = ("cuda",)  # where a norm can be one kernel
+LIGHT_ON = ("cuda",)  # elsewhere it saves no time, and costs a little
 
 
 def is_lora(config: Config) -> bool:
@@ -68,8 +62,8 @@ def check_machine(config: Config, for_training: bool) -> torch.device:
 def load_for(device: torch.device, config: Config, place: torch.device):
     """A model that computes on `device`, with its weights in `place`."""
     model = load_model(config, place)
-    if device.type in FUSED_ON:
-        fuse_norms(model)
+    if device.type in LIGHT_ON:
+        lighten(model)
     return model
 
 

@@ -1,7 +1,6 @@
 """Models and tokenizers in, in Hugging Face format: from a folder, or by a name the hub knows."""
 
 import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from src.engine.attention import ATTENTION_NAME, grpo_packed_attention
 logger = logging.getLogger("grpo")
 # what some repositories hold beside the safetensors: the same weights again, larger
 OTHER_FORMATS = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "original/*"]
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a norm's result, relative
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -131,36 +129,6 @@ def widen_head(model) -> None:
             f"layer; remove the key"
         )
     head.__class__ = Float32Head
-
-
-def one_kernel_norm(norm: Any, hidden: Tensor) -> Tensor:
-    """In place of the forward pass of transformers' RMSNorm."""
-    return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-@cache
-def with_one_kernel(kind: Any) -> Any:
-    """A class of norms with that forward pass."""
-    return type(kind.__name__, (kind,), {"forward": one_kernel_norm, "__module__": kind.__module__})
-
-
-@torch.no_grad()
-def fuse_norms(model) -> int:
-    """Norms become one kernel in place of six, where torch's gives what theirs gives; how many do.
-
-    As a head, a norm becomes so by its class alone. Sampler and trainer call the same.
-    """
-    generator, fused = torch.Generator().manual_seed(0), 0
-    for norm in model.modules():
-        if not (hasattr(norm, "variance_epsilon") and isinstance(getattr(norm, "weight", None), nn.Parameter)):
-            continue
-        hidden = torch.randn(3, len(norm.weight), generator=generator).to(model.device, model.dtype)  # [3, width]
-        expected = norm(hidden).float()
-        found = one_kernel_norm(norm, hidden).float() if hidden.dtype == norm.weight.dtype else expected + torch.inf
-        if (found - expected).norm() <= ROUNDING[model.dtype] * expected.norm():
-            norm.__class__ = with_one_kernel(type(norm))  # type: ignore[arg-type]  # a class can be hashed
-            fused += 1
-    return fused
 
 
 def load_model(config: Config, device: torch.device, path: str | None = None):

@@ -10,6 +10,7 @@ import torch
 
 from src.config import Config, ConfigError
 from src.engine.distributed import AloneError, world
+from src.engine.lighter import kept_of_layer
 from src.engine.memory import free_memory, give_back, memory_of, out_of_memory, peak_memory
 from src.engine.models import decoder_layers
 from src.engine.packing import split_into_microbatches
@@ -176,7 +177,8 @@ def memory_plan(config: Config, model, anchor, tokens: int | None = None) -> dic
     vocabulary = shape.vocab_size
     wide = max(getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size, shape.hidden_size)
     # what autograd keeps of a layer: its input, norms, projections and their products
-    kept = (12 * shape.hidden_size + 4 * wide) * model.dtype.itemsize
+    of_hidden, of_mlp = kept_of_layer(model)
+    kept = (of_hidden * shape.hidden_size + of_mlp * wide) * model.dtype.itemsize
     layers, again = shape.num_hidden_layers, 0
     if config.model.gradient_checkpointing:  # of these only the input is kept, and all of the one at work
         again = layers

@@ -1,0 +1,89 @@
+"""Parts of a model that become lighter by their class alone: fewer kernels, or less kept for the backward pass.
+
+Weights, names and files stay theirs, and whoever calls a part, sampler, trainer or reference, calls the same. A part is
+changed only where it gives what it gave, tried on random numbers.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result, relative
+
+
+class GatedProduct(torch.autograd.Function):
+    """linear(silu(gate) * up, weight), keeping gate and up: silu and the product are computed again when needed."""
+
+    @staticmethod
+    def forward(context, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """gate and up [..., wide], weight [hidden, wide] -> [..., hidden]."""
+        context.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """In the operations of autograd, so that the bits are its own too."""
+        gate, up, weight = context.saved_tensors
+        silu, of_weight = F.silu(gate), None
+        if context.needs_input_grad[2]:
+            of_weight = ((silu * up).flatten(0, -2).t() @ gradient.flatten(0, -2)).t()  # [hidden, wide]
+        of_product = gradient @ weight  # [..., wide]
+        return torch.ops.aten.silu_backward(of_product * up, gate), of_product * silu, of_weight
+
+
+def gated_product(mlp: Any, hidden: Tensor) -> Tensor:
+    """In place of the forward pass of transformers' gated MLPs."""
+    return GatedProduct.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden), mlp.down_proj.weight)
+
+
+def lean_mlp(mlp: Any, hidden: Tensor) -> Tensor:
+    """The same where there is a backward pass, and where the last layer is no adapter's."""
+    if torch.is_grad_enabled() and type(mlp.down_proj) is nn.Linear:
+        return gated_product(mlp, hidden)
+    return mlp.plain(hidden)
+
+
+def one_kernel_norm(norm: Any, hidden: Tensor) -> Tensor:
+    """In place of the forward pass of transformers' RMSNorm."""
+    return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+@cache
+def with_forward(kind: Any, forward: Any) -> Any:
+    """A class of parts with that forward pass; `plain` is its own."""
+    return type(kind.__name__, (kind,), {"forward": forward, "plain": kind.forward, "__module__": kind.__module__})
+
+
+def gives_the_same(part: nn.Module, other: Any, width: int, like: Tensor) -> bool:
+    """Whether other(part, hidden) is part(hidden) but for rounding."""
+    hidden = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)  # [3, width]
+    expected = part(hidden).float()
+    return bool((other(part, hidden).float() - expected).norm() <= ROUNDING[like.dtype] * expected.norm())
+
+
+@torch.no_grad()
+def lighten(model) -> int:
+    """Norms become one kernel in place of six, gated MLPs keep half of what they kept; how many parts do."""
+    changed = 0
+    for part in list(model.modules()):
+        forward: Any = None
+        down: Any = getattr(part, "down_proj", None)
+        weight: Any = getattr(part, "weight", None)
+        if hasattr(part, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dtype == model.dtype:
+            forward = one_kernel_norm if gives_the_same(part, one_kernel_norm, len(weight), weight) else None
+        elif type(down) is nn.Linear and down.bias is None and hasattr(part, "gate_proj") and hasattr(part, "up_proj"):
+            same = gives_the_same(part, gated_product, part.gate_proj.in_features, down.weight)
+            forward = lean_mlp if same else None
+        if forward is not None:
+            part.__class__ = with_forward(type(part), forward)
+            changed += 1
+    return changed
+
+
+def kept_of_layer(model) -> tuple[int, int]:
+    """Tensors of a layer that are kept for the backward pass: as wide as the hidden state, and as its MLP."""
+    forwards = {type(part).forward for part in model.modules()}
+    return 6 if one_kernel_norm in forwards else 12, 2 if lean_mlp in forwards else 4
