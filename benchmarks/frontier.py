@@ -306,7 +306,7 @@ def draw(lines: dict[str, dict[str, list[dict]]], base: dict | None = None):
             axis.errorbar(x, y, high, wide, style, color=f"C{index % 10}", marker="o", markersize=3, linewidth=1,
                           elinewidth=0.6, label=line)  # fmt: skip
         if base:
-            axis.plot(base["pass@1"], base[key], "k*", label="base")
+            axis.axhline(base[key], color="k", linestyle=":", linewidth=1, label="base")
         axis.set(title=AXES[key][0], xlabel="held-out accuracy, sampled")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="x-small", ncols=2)
