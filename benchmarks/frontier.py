@@ -181,9 +181,11 @@ def read_results(file: Path) -> dict[str, dict]:
 
 def read_lines(file: str | Path) -> tuple[dict, dict[str, dict[str, list[dict]]]]:
     """What a results file has of the base, and of the lines; nothing where there is none."""
-    rows = list(read_results(Path(file)).values())
-    base = next((row["metrics"] for row in rows if row["line"] == "base"), {})
-    return base, by_point([row for row in rows if row["line"] in LINES])
+    rows = {
+        (row["line"], row["point"], row["seed"]): row for row in read_results(Path(file)).values()
+    }  # the last of each
+    base = next((row["metrics"] for row in rows.values() if row["line"] == "base"), {})
+    return base, by_point(list(rows.values()))
 
 
 def take(line: str, label: str, settings: dict, results: Path) -> dict:
@@ -214,10 +216,13 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def by_point(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Line -> point -> its runs."""
-    found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        found[row["line"]][row["point"]].append(row)
+    """Line -> point -> its runs, in the order of LINES and of the seeds."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for line, points in LINES.items():
+        for label in points:
+            runs = [row for row in rows if (row["line"], row["point"]) == (line, label)]
+            if runs:
+                found.setdefault(line, {})[label] = sorted(runs, key=lambda row: row["seed"])
     return found
 
 
@@ -229,13 +234,17 @@ def curve(points: dict[str, list[dict]], seed: int, axis: str) -> tuple[list[flo
 
 
 def gap(points: dict[str, list[dict]], others: dict[str, list[dict]], axis: str) -> list[float]:
-    """By how much a line is above another at equal accuracy, of each seed: mean over the range that both cover."""
+    """By how much a line is above another at equal accuracy, of each seed: the mean over its points.
+
+    The other is a line between its points, and level beyond its most accurate one; below its least accurate one there
+    is nothing to compare.
+    """
     found = []
     for seed in sorted({row["seed"] for rows in points.values() for row in rows}):
         (x, y), (other_x, other_y) = (curve(line, seed, axis) for line in (points, others))
-        if len(other_x) > 1 and x and (low := max(x[0], other_x[0])) <= (high := min(x[-1], other_x[-1])):
-            grid = np.linspace(low, high, 33)
-            found.append(float(np.mean(np.interp(grid, x, y) - np.interp(grid, other_x, other_y))))
+        if other_x:
+            above = [b - np.interp(a, other_x, other_y) for a, b in zip(x, y, strict=True) if a >= other_x[0]]
+            found += [float(np.mean(above))] if above else []
     return found
 
 

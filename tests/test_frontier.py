@@ -15,12 +15,13 @@ def line_of(*points: tuple[float, float], seed: int = 0, axis: str = "coverage")
     return {f"beta {index}": [{"seed": seed, "metrics": {"pass@1": x, axis: y}}] for index, (x, y) in enumerate(points)}
 
 
-def test_the_gap_is_the_mean_distance_at_equal_accuracy_where_both_have_points():
+def test_the_gap_is_the_mean_distance_of_a_lines_points_at_equal_accuracy():
     other = line_of((0.8, 1.0), (0.4, 3.0))  # 3 at 0.4 to 1 at 0.8
     assert frontier.gap(line_of((0.5, 3.5), (0.7, 2.5)), other, "coverage") == pytest.approx([1.0])
     assert frontier.gap(line_of((0.6, 1.5)), other, "coverage") == pytest.approx([-0.5])  # one point is a line too
     assert frontier.gap(line_of((0.2, 4.0), (0.6, 2.0)), other, "coverage") == pytest.approx([0.0])  # from 0.4 on
-    assert frontier.gap(line_of((0.9, 4.0)), other, "coverage") == []  # nothing to compare
+    assert frontier.gap(line_of((0.9, 4.0)), other, "coverage") == pytest.approx([3.0])  # level beyond the last point
+    assert frontier.gap(line_of((0.3, 4.0)), other, "coverage") == []  # nothing to compare
     both = {"a": line_of((0.6, 2.5))["beta 0"] + line_of((0.6, 3.0), seed=1)["beta 0"]}
     others = {"a": other["beta 0"], "b": other["beta 1"]}
     assert frontier.gap(both, others, "coverage") == pytest.approx([0.5])  # a seed is compared with itself alone
