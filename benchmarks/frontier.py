@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.frontier                   # 34 points x 3 seeds, about two hours on 2 cores
     uv run python -m benchmarks.frontier --quick           # 3 points, 1 seed, 2 steps: only shows that it runs
-    uv run python -m benchmarks.frontier --results benchmarks/frontier.jsonl    # table and figure of what is committed
+    uv run python -m benchmarks.frontier --show benchmarks/frontier.jsonl     # the tables of what is committed
 
 models/turns-tiny knows three tasks; it is trained on Countdown alone, until plain policy gradient has sharpened so far
 that 64 samples solve fewer problems than those of the base. Then, on problems of `test` (settings were chosen on
@@ -70,7 +70,7 @@ LINES: dict[str, dict[str, dict]] = {
     "entropy target": strengths("entropy_target", (0.12,), loss_type="none"),
 }  # fmt: skip
 QUICK = ("none", "kl", "maxent")
-COMPARED = (("kl forward", "kl"), ("ot", "kl"), ("k3", "kl"), ("maxent", "kl"))  # beside each with `none`
+COMPARED = (("kl forward", "kl"), ("ot", "kl"), ("k3", "kl"), ("maxent", "kl"))  # beside each and `none`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,9 +78,9 @@ COMPARED = (("kl forward", "kl"), ("ot", "kl"), ("k3", "kl"), ("maxent", "kl")) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def settings_of(point: dict, seed: int, options) -> dict:
-    """What identifies a run."""
-    return {"training": point | {"random_seed": seed}, "problems": options.problems, "samples": SAMPLES}
+def settings_of(point: dict, seed: int, problems: int) -> dict:
+    """What is given for a run; with an empty point for the base, which is only measured."""
+    return {"training": point | {"random_seed": seed}, "problems": problems, "samples": SAMPLES}
 
 
 def config_of(settings: dict):
@@ -92,7 +92,10 @@ def config_of(settings: dict):
 
 
 def fingerprint(settings: dict) -> str:
-    """A name for a run that changes with any value that it depends on; a key at its default is no value."""
+    """A name for a run that changes with every value that is given, here and in its config file.
+
+    Not with defaults of src/config.py, the base's weights and the code: after changing those name another results file.
+    """
     given = {
         section: {name: value for name, value in vars(part).items() if value != getattr(type(part)(), name)}
         for section, part in vars(config_of(settings)).items()
@@ -180,12 +183,14 @@ def read_results(file: Path) -> dict[str, dict]:
 
 
 def read_lines(file: str | Path) -> tuple[dict, dict[str, dict[str, list[dict]]]]:
-    """What a results file has of the base, and of the lines; nothing where there is none."""
-    rows = {
-        (row["line"], row["point"], row["seed"]): row for row in read_results(Path(file)).values()
-    }  # the last of each
-    base = next((row["metrics"] for row in rows.values() if row["line"] == "base"), {})
-    return base, by_point(list(rows.values()))
+    """What a results file has of the base and of the points of LINES; nothing where there is none."""
+    rows = list(read_results(Path(file)).values())
+    base = next((row["metrics"] for row in rows if row["settings"] == settings_of({}, 0, PROBLEMS)), {})
+    points = {(line, label): point for line, points in LINES.items() for label, point in points.items()}
+    return base, by_point([
+        row for row in rows
+        if row["settings"] == settings_of(points.get((row["line"], row["point"]), {}), row["seed"], PROBLEMS)
+    ])  # fmt: skip
 
 
 def take(line: str, label: str, settings: dict, results: Path) -> dict:
@@ -209,9 +214,7 @@ def take(line: str, label: str, settings: dict, results: Path) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its 95% interval (Student's t); infinite of one seed."""
-    if len(values) < 2:
-        return mean(values), float("inf")
+    """Mean over two seeds or more, and half the width of its 95% interval (Student's t)."""
     return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
@@ -248,25 +251,29 @@ def gap(points: dict[str, list[dict]], others: dict[str, list[dict]], axis: str)
     return found
 
 
-def statements(lines: dict[str, dict[str, list[dict]]]) -> list[dict]:
+def statements(lines: dict[str, dict[str, list[dict]]], base: dict) -> list[dict]:
     """Each line against another at equal accuracy, and maxent's tau against tau 0 with the same seeds."""
-    pairs = [(name, "none") for name in lines if name != "none"] + [p for p in COMPARED if set(p) <= set(lines)]
     found: list[dict] = []
-    for name, other in pairs if "none" in lines else []:
+    seeds = {row["seed"] for points in lines.values() for rows in points.values() for row in rows}
+    others = {name: lines[name] for name in ("none", "kl") if name in lines}
+    if "none" in others:  # stopped before its first step it is the base
+        others["none"] = others["none"] | {"base": [{"seed": seed, "metrics": base} for seed in seeds]}
+    for name, other in [(name, "none") for name in lines if name != "none"] + list(COMPARED):
         for axis in ("coverage", "pass@64", "pass@8", "kl", "kl_forward", "forgetting"):
-            if len(seeds := gap(lines[name], lines[other], axis)) > 1:
-                value, half = interval(seeds)
+            gaps = gap(lines[name], others[other], axis) if name in lines and other in others else []
+            if len(gaps) > 1:
+                value, half = interval(gaps)
                 found.append({"line": name, "against": other, "axis": axis, "difference": value, "half": half,
-                              "seeds": len(seeds)})  # fmt: skip
+                              "seeds": len(gaps)})  # fmt: skip
     plain = lines.get("maxent", {}).get("tau 0.0", [])
     for label, rows in lines.get("maxent", {}).items():
         for axis in ("pass@1", "pass@8", "pass@64", "coverage"):
-            seeds = [row["metrics"][axis] - zero["metrics"][axis] for row in rows for zero in plain
-                     if row["seed"] == zero["seed"]]  # fmt: skip
-            if rows is not plain and len(seeds) > 1:
-                value, half = interval(seeds)
+            gaps = [row["metrics"][axis] - zero["metrics"][axis] for row in rows for zero in plain
+                    if row["seed"] == zero["seed"]]  # fmt: skip
+            if rows is not plain and len(gaps) > 1:
+                value, half = interval(gaps)
                 found.append({"line": f"maxent {label}", "against": "tau 0.0", "axis": axis, "difference": value,
-                              "half": half, "seeds": len(seeds)})  # fmt: skip
+                              "half": half, "seeds": len(gaps)})  # fmt: skip
     return found
 
 
@@ -322,9 +329,29 @@ def draw(lines: dict[str, dict[str, list[dict]]], base: dict | None = None):
     return figure
 
 
+def sweep(chosen: dict[str, dict[str, dict]], options) -> tuple[list[dict], int]:
+    """The runs of base and points, those that are missing trained now; and how many those were."""
+    results = options.results.resolve()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if results.is_file() and not results.read_bytes().endswith(b"\n"):  # a stop in the middle of a line
+        with results.open("a") as file:
+            file.write("\n")
+    wanted = [("base", "", settings_of({}, 0, options.problems))]
+    wanted += [(line, label, settings_of(point, seed, options.problems))  # seed by seed: all soon have a first figure
+               for seed in range(options.seeds) for line, points in chosen.items() for label, point in points.items()
+               ]  # fmt: skip
+    known = read_results(results)
+    missing = [entry for entry in wanted if fingerprint(entry[2]) not in known]
+    with ThreadPoolExecutor(options.processes) as pool:
+        for row in pool.map(lambda entry: take(*entry, results), missing):
+            known[row["run"]] = row
+    return [known[fingerprint(settings)] for _, _, settings in wanted], len(missing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=PROJECT / "benchmarks" / "output" / "frontier.jsonl")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="train nothing: the tables of a results file")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="where finished runs are recorded")
     parser.add_argument("--lines", nargs="+", choices=LINES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -336,41 +363,34 @@ def main() -> None:
         settings, folder = json.loads(options.alone[0]), Path(options.alone[1])
         (folder / "metrics.json").write_text(json.dumps(run_alone(settings, folder)))
         return
-    names = options.lines or (QUICK if options.quick else list(LINES))
-    chosen = {line: LINES[line] for line in names}
-    if options.quick:
-        options.seeds, options.problems = 1, 4
-        chosen = {line: {label: point | {"max_steps": 2} for label, point in list(LINES[line].items())[:1]}
-                  for line in names}  # fmt: skip
-    results = options.results.resolve()
-    results.parent.mkdir(parents=True, exist_ok=True)
-    if results.is_file() and not results.read_bytes().endswith(b"\n"):  # a stop in the middle of a line
-        with results.open("a") as file:
-            file.write("\n")
-    wanted = [("base", "", {"training": {"random_seed": 0}, "problems": options.problems,
-                            "samples": SAMPLES})]  # fmt: skip
-    wanted += [(line, label, settings_of(point, seed, options))  # seed by seed: all points soon have a first figure
-               for seed in range(options.seeds) for line, points in chosen.items() for label, point in points.items()
-               ]  # fmt: skip
-    known = read_results(results)
-    missing = [entry for entry in wanted if fingerprint(entry[2]) not in known]
-    started = time.perf_counter()
-    with ThreadPoolExecutor(options.processes) as pool:
-        for row in pool.map(lambda entry: take(*entry, results), missing):
-            known[row["run"]] = row
-    rows = [known[fingerprint(settings)] for _, _, settings in wanted]
-    base, lines = rows[0]["metrics"], by_point(rows[1:])
-    found = statements(lines)
-    print(table({"base": {"": rows[:1]}} | lines), differences(found), sep="\n\n")
-    import matplotlib
+    started, new = time.perf_counter(), 0
+    if options.show:
+        base, lines = read_lines(options.show)
+        if not base:
+            raise SystemExit(f"{options.show} has no sweep of {PROBLEMS} problems; make one without --show")
+    else:
+        names = options.lines or (QUICK if options.quick else list(LINES))
+        chosen = {line: LINES[line] for line in names}
+        if options.quick:
+            options.seeds, options.problems = 1, 4
+            chosen = {line: {label: point | {"max_steps": 2} for label, point in list(LINES[line].items())[:1]}
+                      for line in names}  # fmt: skip
+        output = PROJECT / "benchmarks" / "output"
+        options.results = options.results or output / f"frontier{'_quick' * options.quick}.jsonl"
+        rows, new = sweep(chosen, options)
+        base, lines = rows[0]["metrics"], by_point(rows[1:])
+        import matplotlib
 
-    matplotlib.use("Agg")
-    draw(lines, base).savefig(results.with_suffix(".png"), dpi=110)
+        matplotlib.use("Agg")
+        draw(lines, base).savefig(options.results.with_suffix(".png"), dpi=80)
+    found = statements(lines, base)
+    print(table({"base": {"": [{"metrics": base}]}} | lines), differences(found), sep="\n\n")
     points = {f"{line} {label}": [run["metrics"] for run in runs]
               for line, points in lines.items() for label, runs in points.items()}  # fmt: skip
     print(json.dumps({"benchmark": "frontier", "date": time.strftime("%Y-%m-%d"), "quick": options.quick,
-                      "runs": len(rows), "new": len(missing), "seconds": round(time.perf_counter() - started),
-                      "base": base, "points": points, "differences": found}))  # fmt: skip
+                      "runs": 1 + sum(map(len, points.values())), "new": new,
+                      "seconds": round(time.perf_counter() - started), "base": base, "points": points,
+                      "differences": found}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python3 -m benchmarks.gpu_first --output OUT --quick          # anywhere, a CPU too: only shows that it runs
 
 Each stage is a process of its own with a limit, so that what one breaks does not cost the others: a line of
-OUT/results.jsonl for every result, its output in OUT/STAGE.txt. Weights are random and made on the device; nothing is
+OUT/results.jsonl for every result, what it prints in OUT/log.txt. Weights are random and made on the device; nothing is
 downloaded. Not needed: pot, peft, reasoning-gym, TRL; `train` needs tensorboard. The last line is one JSON document.
 """
 
@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -247,8 +248,12 @@ def decode(options) -> None:
 
 def update(options) -> None:
     """Passes of 16,384 tokens: milliseconds, tokens/s and memory, with compiled layers and without."""
-    for shape, loss in ((options.shape, "kl"), ("qwen3-0.6b", "none")):  # the second: prime-rl has 11,896 tokens/s
-        for compiled in (False,) if options.quick else (False, True):
+    import gc
+
+    import torch
+
+    for compiled in (False,) if options.quick else (False, True):
+        for shape, loss in ((options.shape, "kl"), ("qwen3-0.6b", "none")):  # the second: prime-rl has 11,896 tokens/s
             engine = engine_of(options, shape, {"gradient_checkpointing": True, "compile": compiled}, loss_type=loss,
                                beta=0.04, max_tokens_per_microbatch=16384)  # fmt: skip
             groups = groups_of(2, 2, 16, 16) if options.quick else groups_of(8, 8, 128, 496)
@@ -258,6 +263,8 @@ def update(options) -> None:
             note(options, shape=shape, loss_type=loss, compiled=compiled, tokens=tokens, ms=taken,
                  tokens_per_second=round(1000 * tokens / taken), peak_gib=peak_gib(options))  # fmt: skip
             del engine
+            torch.compiler.reset()
+            gc.collect()  # a compiled layer is part of a circle
 
 
 def optimizer(options) -> None:
@@ -311,11 +318,12 @@ def peaks(options) -> None:
 def of_benchmark(options, name: str, *words: str) -> None:
     """Another benchmark; its last line is the result."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--device", options.device, "--dtype", options.dtype, *words]
-    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    note(
-        options, code=done.returncode, result=json.loads(done.stdout.splitlines()[-1]) if not done.returncode else None
-    )
+    line = ""
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    note(options, code=process.returncode, result=None if process.returncode else json.loads(line))
 
 
 def sizes(options, new: int) -> list[str]:
@@ -327,14 +335,14 @@ def sizes(options, new: int) -> list[str]:
 
 
 def step(options) -> None:
-    """Whole steps of the loop with the exact KL's reference, every completion of 512 tokens."""
+    """Whole steps of the loop with a reference (k3), every completion of 256 tokens."""
     words = ["--skip", "trl", "trl_allocator", "--repetitions", "1", "--beta", "0.04"]
-    of_benchmark(options, "step", *sizes(options, 512), *words, "--using", "gradient_checkpointing")
+    of_benchmark(options, "step", *sizes(options, 256), *words, "--using", "gradient_checkpointing")
 
 
 def generate(options) -> None:
     """Rollouts against transformers' generate."""
-    words = ["--skip", "generate_batch", "--repetitions", "1", "--slots", "256"]
+    words = ["--skip", "generate_batch", "--repetitions", "1", "--slots", "256", "--lengths", "fixed"]
     of_benchmark(options, "rollout", *sizes(options, 512), *words)
 
 
@@ -389,6 +397,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def run_stage(options, name: str, limit: float) -> int | str:
+    """A stage in a process of its own; at its limit it is stopped with all that it has started."""
+    command = [sys.executable, "-m", "benchmarks.gpu_first", "--output", options.output, "--stage", name,
+               "--shape", options.shape, "--dtype", options.dtype, "--device", options.device,
+               *["--quick"] * options.quick]  # fmt: skip
+    with (Path(options.output) / "log.txt").open("a") as log:
+        log.write(f"\n--- {name}\n")
+        log.flush()
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped after {limit:.0f} s"
+
+
 def main() -> None:
     options = parse_arguments()
     if options.stage:
@@ -403,23 +428,15 @@ def main() -> None:
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(code)  # what a broken device leaves behind must not hang at the end
+    results = Path(options.output) / "results.jsonl"
+    if results.exists():
+        raise SystemExit(f"{results} is there already; give another --output")
     codes: dict[str, int | str] = {}
     for name in options.stages:
         left = options.limit - (time.time() - options.began)
-        if left < 20:
-            codes[name] = "no time was left"
-            continue
-        words = [word for word in sys.argv[1:] if word not in options.stages and word != "--stages"]
-        command = [sys.executable, "-m", "benchmarks.gpu_first", *words, "--stage", name]
-        with (Path(options.output) / f"{name}.txt").open("w") as log:
-            try:
-                limit = min(left, LIMITS[name])
-                codes[name] = subprocess.run(command, cwd=PROJECT, stdout=log, stderr=log, timeout=limit).returncode
-            except subprocess.TimeoutExpired:
-                codes[name] = f"stopped after {limit:.0f} s"
+        codes[name] = "no time was left" if left < 20 else run_stage(options, name, min(left, LIMITS[name]))
         print(f"{name}: {codes[name]}, {time.time() - options.began:.0f} s", flush=True)
-    file = Path(options.output) / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     print(json.dumps({"benchmark": "gpu_first", "date": time.strftime("%Y-%m-%d"), "codes": codes, "results": rows}))
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,26 @@ def test_the_first_minutes_on_a_gpu_run_on_a_cpu_too_and_what_fails_is_written_d
     assert [row["tokens"] for row in found["update"]] == [2 * (16 + 2 * 16)] * 2
     assert [row["optimizer"] for row in found["optimizer"]] == ["24/8", "24/16", "24/8, offloaded", "torch, fused"]
     assert [row["size"] for row in found["peaks"]] == ["3b", "3b", "7b", "7b"]
-    monkeypatch.setattr(sys, "argv", ["gpu_first", *words, "--device", "cuda:99", "--stages", "decode"])
+    words += ["--device", "cuda:99", "--stages", "decode"]
+    monkeypatch.setattr(sys, "argv", ["gpu_first", *words])
+    with pytest.raises(SystemExit, match="give another --output"):
+        gpu_first.main()
+    monkeypatch.setattr(sys, "argv", ["gpu_first", *words, "--output", str(tmp_path / "decode")])
     gpu_first.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["codes"] == {"decode": 1} and "cuda:99 is not there" in document["results"][-1]["error"]
+    assert "--- decode" in (tmp_path / "decode" / "log.txt").read_text()
+
+
+def test_a_stage_that_takes_too_long_is_stopped_with_what_it_has_started(tmp_path, monkeypatch):
+    pid, real = tmp_path / "pid", gpu_first.subprocess.Popen
+    command = ["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]
+    monkeypatch.setattr(gpu_first.subprocess, "Popen", lambda _, **keys: real(command, **keys))
+    options = gpu_first.parse_arguments(["--output", str(tmp_path)])
+    assert gpu_first.run_stage(options, "tests", 2) == "stopped after 2 s"
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    for _ in range(100):
+        if not state.exists() or " Z " in state.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("what it has started goes on")

@@ -7,8 +7,6 @@ import pytest
 
 from benchmarks import frontier
 
-OPTIONS = type("Options", (), {"problems": 4})
-
 
 def line_of(*points: tuple[float, float], seed: int = 0, axis: str = "coverage") -> dict:
     """Points of a line, (accuracy, value) each."""
@@ -27,14 +25,14 @@ def test_the_gap_is_the_mean_distance_of_a_lines_points_at_equal_accuracy():
     assert frontier.gap(both, others, "coverage") == pytest.approx([0.5])  # a seed is compared with itself alone
 
 
-def test_intervals_are_students_and_of_one_seed_there_is_none():
+def test_intervals_are_students():
     value, half = frontier.interval([1.0, 2.0, 3.0])
     assert value == 2.0 and half == pytest.approx(4.302653 / 3**0.5)
-    assert frontier.interval([1.0]) == (1.0, float("inf"))
 
 
 def test_statements_pair_seeds_and_mark_only_what_is_sure():
     lines = {name: {} for name in ("none", "kl", "maxent")}
+    base = dict.fromkeys(frontier.AXES, 0.0)
     for seed, shift in enumerate((0.0, 0.1, 0.2)):
         for name, above in (("none", 0.0), ("kl", 0.5 + 0.01 * shift)):
             for label, runs in line_of((0.4, 3 + shift + above), (0.8, 1 + shift + above), seed=seed).items():
@@ -48,27 +46,35 @@ def test_statements_pair_seeds_and_mark_only_what_is_sure():
                 "coverage": tau * (shift - 0.1),
             }
             lines["maxent"].setdefault(f"tau {tau}", []).append({"seed": seed, "metrics": metrics})
-    found = {(row["line"], row["axis"]): row for row in frontier.statements({k: lines[k] for k in ("none", "kl")})}
+    found = {
+        (row["line"], row["axis"]): row for row in frontier.statements({k: lines[k] for k in ("none", "kl")}, base)
+    }
     assert found["kl", "coverage"]["difference"] == pytest.approx(0.501) and found["kl", "coverage"]["half"] < 0.01
     assert found["kl", "pass@64"]["difference"] == 0
-    taus = {row["axis"]: row for row in frontier.statements({"maxent": lines["maxent"]})}
+    taus = {row["axis"]: row for row in frontier.statements({"maxent": lines["maxent"]}, base)}
     assert taus["pass@8"]["difference"] == pytest.approx(0.11) and taus["pass@8"]["seeds"] == 3
     text = frontier.differences(list(taus.values()))
     assert "**+0.110" in text and "**+0.000" not in text and "| maxent tau 0.1 | tau 0.0 |" in text
 
 
-def test_a_run_is_known_by_everything_that_it_depends_on_and_a_default_changes_nothing():
+def test_a_run_is_known_by_everything_that_is_given(tmp_path, monkeypatch):
     point = frontier.LINES["kl"]["beta 0.1"]
-    settings = frontier.settings_of(point, 0, OPTIONS)
+    settings = frontier.settings_of(point, 0, 4)
     name = frontier.fingerprint(settings)
     assert name == frontier.fingerprint(json.loads(json.dumps(settings)))
-    others = [frontier.settings_of(point, 1, OPTIONS), frontier.settings_of(point | {"beta": 0.2}, 0, OPTIONS),
+    others = [frontier.settings_of(point, 1, 4), frontier.settings_of(point | {"beta": 0.2}, 0, 4),
               settings | {"problems": 8}]  # fmt: skip
     assert len({name, *map(frontier.fingerprint, others)}) == 4
+    other = tmp_path / "other.yaml"
+    other.write_text(frontier.CONFIG.read_text().replace("../configs", str(frontier.PROJECT / "configs")))
+    monkeypatch.setattr(frontier, "CONFIG", other)
+    assert frontier.fingerprint(settings) == name, "the file may lie elsewhere"
+    other.write_text(other.read_text().replace("3e-4", "2e-4"))
+    assert frontier.fingerprint(settings) != name
 
 
 def test_all_points_are_configs_and_no_two_are_the_same_run():
-    settings = [frontier.settings_of(p, 0, OPTIONS) for points in frontier.LINES.values() for p in points.values()]
+    settings = [frontier.settings_of(p, 0, 4) for points in frontier.LINES.values() for p in points.values()]
     assert len({frontier.fingerprint(each) for each in settings}) == len(settings) == 34
 
 
@@ -116,6 +122,35 @@ def test_a_sweep_that_is_stopped_goes_on_and_a_changed_setting_is_another_point(
     assert base["pass@1"] == 0.51 and set(lines) == {"none", "kl"}
     assert (tmp_path / "r.png").stat().st_size > 10_000
     assert frontier.read_lines(tmp_path / "none.jsonl") == ({}, {})
+    assert len(lines["kl"]["beta 0.1"]) == 2, "those of 8 problems are not mixed with those of 256"
+    shown = sweep("--show", str(tmp_path / "r.jsonl"))[0]
+    assert shown["new"] == 0 and shown["runs"] == 17
+    assert sweep("--show", str(tmp_path / "none.jsonl")) == (None, [])
+
+
+def test_what_is_committed_is_of_todays_points():
+    base, lines = frontier.read_lines(frontier.PROJECT / "benchmarks" / "frontier.jsonl")
+    assert 0.2 < base["pass@1"] < 0.3
+    assert {line: list(points) for line, points in lines.items()} == {k: list(v) for k, v in frontier.LINES.items()}
+    for line, points in lines.items():
+        for label, rows in points.items():
+            assert [row["seed"] for row in rows] == list(range(len(rows))) and len(rows) >= 2, f"{line} {label}"
+            assert rows[0]["run"] == frontier.fingerprint(rows[0]["settings"]), "settings have changed: sweep again"
+
+
+def test_stopped_before_its_first_step_none_is_the_base():
+    base = dict.fromkeys(("pass@64", "pass@8", "kl", "kl_forward", "forgetting"), 0.0) | {
+        "pass@1": 0.2,
+        "coverage": 1.0,
+    }
+    lines = {"none": {}, "kl": {}}
+    for name, points in (("none", [(0.6, 3.0)]), ("kl", [(0.4, 2.5)])):
+        for seed in (0, 1):
+            for label, runs in line_of(*points, seed=seed).items():
+                runs[0]["metrics"] = base | runs[0]["metrics"]
+                lines[name].setdefault(label, []).extend(runs)
+    (row,) = [row for row in frontier.statements(lines, base) if row["axis"] == "coverage"]
+    assert row["difference"] == pytest.approx(0.5) and row["half"] == 0 and row["seeds"] == 2
 
 
 def test_a_run_of_it_trains_and_measures_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.update import scoring_memory
-from src.config import Config, ConfigError, ModelConfig
+from src.config import Config, ConfigError, LoraConfig, ModelConfig
 from src.engine import scoring, statistics
 from src.engine.attention import ATTENTION_NAME, PackedAttention, check_attention, grpo_packed_attention
 from src.engine.lighter import kept_of_layer, lean_mlp, lighten, one_kernel_norm, with_forward
@@ -183,10 +183,10 @@ def kept_widths(mlp, hidden) -> int:
 def test_lean_mlps_keep_half_and_change_no_bit(name, dtype, checkpointing):
     plain, lean = (make_pair(name)[0].to(dtype) for _ in range(2))
     hidden = torch.randn(1, 7, SHAPE["hidden_size"], dtype=dtype)  # not small: what is kept must have addresses
-    assert kept_of_layer(plain)[1] == kept_widths(parts_of(plain, "MLP")[0], hidden) == 4
+    assert kept_widths(parts_of(plain, "MLP")[0], hidden) == 4
     for mlp in parts_of(lean, "MLP"):
         mlp.__class__ = with_forward(type(mlp), lean_mlp)
-    assert kept_of_layer(lean)[1] == kept_widths(parts_of(lean, "MLP")[0], hidden) == 2
+    assert kept_widths(parts_of(lean, "MLP")[0], hidden) == 2
     for model in (plain, lean):
         model.zero_grad(set_to_none=True)
         if checkpointing:
@@ -196,16 +196,45 @@ def test_lean_mlps_keep_half_and_change_no_bit(name, dtype, checkpointing):
         assert torch.equal(ours, theirs)
     with torch.inference_mode():
         assert torch.equal(parts_of(lean, "MLP")[0](hidden), parts_of(plain, "MLP")[0](hidden))
+    for model in (plain, lean):  # in the layout of the weight: another would be copied into it
+        mlp = parts_of(model, "MLP")[0]
+        (gradient,) = torch.autograd.grad(mlp(hidden).sum(), mlp.down_proj.weight)
+        assert gradient.stride() == mlp.down_proj.weight.stride()
+
+
+def test_lean_mlps_can_be_compiled():
+    plain, lean = (parts_of(make_pair("llama")[0], "MLP")[0] for _ in range(2))
+    lean.__class__ = with_forward(type(lean), lean_mlp)
+    hidden = torch.randn(1, 7, SHAPE["hidden_size"])
+    for mlp in (plain, torch.compile(lean, backend="aot_eager", dynamic=True, fullgraph=True)):
+        mlp(hidden).square().sum().backward()
+    for theirs, ours in zip(plain.parameters(), lean.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_what_a_layer_keeps_is_counted_from_its_widths_and_without_a_lean_mlp_from_above():
+    from src.engine.lora import add_adapter  # here, because test_gpu.py imports this file where there is no peft
+
+    model = make_pair("qwen3")[0]
+    hidden, wide, of_heads = SHAPE["hidden_size"], SHAPE["intermediate_size"], (4 + 2) * 16
+    assert kept_of_layer(model) == 12 * hidden + 4 * wide
+    count = lighten(model)
+    assert count > 0 == lighten(model), "a second time there is nothing to do"
+    assert kept_of_layer(model) == 4 * hidden + 3 * of_heads + 2 * wide
+    model = make_pair("llama")[0]
+    lighten(model)
+    assert kept_of_layer(model) == 4 * hidden + 2 * (4 + 2) * 8 + 2 * wide
+    assert kept_of_layer(add_adapter(model, LoraConfig(r=2), 0)) == 12 * hidden + 4 * wide
 
 
 def test_mlps_with_another_function_or_an_adapter_compute_what_they_did():
+    from src.engine.lora import add_adapter  # here, because test_gpu.py imports this file where there is no peft
+
     config = copy.deepcopy(CONFIGS["llama"])
     config.hidden_act = "gelu"
     torch.manual_seed(0)
     model = packed_model(config)
-    assert lighten(model) == 2 * SHAPE["num_hidden_layers"] + 1 and kept_of_layer(model) == (6, 4)  # norms alone
-
-    from peft import LoraConfig, get_peft_model  # here, because only this test needs it
+    assert lighten(model) == 2 * SHAPE["num_hidden_layers"] + 1  # norms alone
 
     pair = []
     for lighter in (False, True):
@@ -213,7 +242,7 @@ def test_mlps_with_another_function_or_an_adapter_compute_what_they_did():
         if lighter:
             lighten(model)
         torch.manual_seed(1)
-        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+        adapted = add_adapter(model, LoraConfig(r=2, target_modules=["down_proj"]), 0)
         pair.append([parts_of(adapted, "MLP")[0](torch.ones(1, 3, SHAPE["hidden_size"]))])
         pair[-1][0].sum().backward()
         pair[-1] += [weight.grad for weight in parts_of(adapted, "MLP")[0].parameters() if weight.grad is not None]

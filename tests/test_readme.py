@@ -254,6 +254,9 @@ def test_lora(run, tmp_path):
 
 BENCHMARKS = {  # what makes them short; of those that have no form of a few seconds only the options are read
     "python -m benchmarks.learning --set training.max_steps=60": None,
+    "python -m benchmarks.frontier": None,
+    "python -m benchmarks.frontier --show benchmarks/frontier.jsonl": " ",
+    "python -m benchmarks.gpu_first --output OUT": None,
     "python -m benchmarks.ot_figure": None,
     "uv run --group benchmarks python -m benchmarks.step --repetitions 3": None,
     "python -m benchmarks.rollout --repetitions 5 --skip generate_batch": "--shape tiny --quick --lengths fixed",
@@ -306,7 +309,7 @@ def test_benchmarks(command, monkeypatch, capsys):
         json.loads(capsys.readouterr().out.splitlines()[-1])
         return
     read = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: sys.exit(f"read: {read(parser)}"))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given: sys.exit(f"read: {read(*given)}"))
     with pytest.raises(SystemExit, match="read: Namespace"):
         benchmark.main()
 

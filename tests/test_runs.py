@@ -225,9 +225,9 @@ def test_the_notebook_reads_a_fresh_run(tmp_path, monkeypatch, execute):
     tables = [data["text/markdown"] for data in outputs if "text/markdown" in data]
     assert tables[0] == markdown(sorted(summary(read_runs(tmp_path)), key=lambda row: row["method"]))
     assert "| ot | 0.5 | 8 |" in tables[0] and "kl beta 0.04" in tables[1]
-    assert "the same tokens, a trained policy" in tables[2]
-    # what it learns, KL, penalty, time, frontier, and the plan of two answers
-    assert sum("image/png" in data for data in outputs) == 7
+    assert "| kl forward | none |" in tables[2] and "the same tokens, a trained policy" in tables[3]
+    # what it learns, KL, penalty, time, both frontiers, and the plan of two answers
+    assert sum("image/png" in data for data in outputs) == 8
 
 
 def test_the_committed_notebook_is_executed_small_without_paths_of_a_machine_and_says_what_its_text_says():
@@ -239,7 +239,7 @@ def test_the_committed_notebook_is_executed_small_without_paths_of_a_machine_and
         assert place not in text, place
     data = [output["data"] for cell in code for output in cell["outputs"] if "data" in output]
     tables = ["".join(each["text/markdown"]) for each in data if "text/markdown" in each]
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in tables[2].splitlines()[2:]]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in tables[3].splitlines()[2:]]
     values = {row[0]: np.array([float(part) for part in row[1:4]]) for row in rows}
     itself, reordered, alike = (values[name] for name in (
         "the reference itself", "the same sum, other words and order", "wrong, but begins alike"))  # fmt: skip

@@ -50,8 +50,8 @@ def check_machine(config: Config, for_training: bool) -> torch.device:
     check_reference_offload(config)
     if device.type == "cpu" and config.model.dtype == "bfloat16" and X86 and not has_products():
         logger.warning(
-            "this processor has no bf16 arithmetic, and with bf16 takes about eight times as long as with fp32; "
-            "set model.dtype: float32"
+            f"{config.source}: torch has no fast bf16 products on this processor, and with them takes several times as "
+            f"long as with fp32; set model.dtype: float32"
         )
     if config.model.compile and for_training:
         check_compiler(device)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.engine.decoding import cache_shape
+
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result, relative
 
 
@@ -25,11 +27,11 @@ class GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """In the operations of autograd, so that the bits are its own too."""
+        """In the operations of autograd."""
         gate, up, weight = context.saved_tensors
         silu, of_weight = F.silu(gate), None
         if context.needs_input_grad[2]:
-            of_weight = ((silu * up).flatten(0, -2).t() @ gradient.flatten(0, -2)).t()  # [hidden, wide]
+            of_weight = gradient.flatten(0, -2).t() @ (silu * up).flatten(0, -2)  # [hidden, wide]
         of_product = gradient @ weight  # [..., wide]
         return torch.ops.aten.silu_backward(of_product * up, gate), of_product * silu, of_weight
 
@@ -58,17 +60,22 @@ def with_forward(kind: Any, forward: Any) -> Any:
 
 
 def gives_the_same(part: nn.Module, other: Any, width: int, like: Tensor) -> bool:
-    """Whether other(part, hidden) is part(hidden) but for rounding."""
-    hidden = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)  # [3, width]
-    expected = part(hidden).float()
-    return bool((other(part, hidden).float() - expected).norm() <= ROUNDING[like.dtype] * expected.norm())
+    """Whether other(part, hidden) is part(hidden) but for rounding, of small numbers and of large ones."""
+    for scale in (1, 100):
+        hidden = scale * torch.randn(3, width, generator=torch.Generator().manual_seed(0))  # [3, width]
+        hidden = hidden.to(like.device, like.dtype)
+        expected = part(hidden).float()
+        error = (other(part, hidden).float() - expected).norm()
+        if not error <= ROUNDING[like.dtype] * expected.norm() or expected.norm() == 0:
+            return False
+    return True
 
 
 @torch.no_grad()
 def lighten(model) -> int:
     """Norms become one kernel in place of six, gated MLPs keep half of what they kept; how many parts do."""
     changed = 0
-    for part in list(model.modules()):
+    for part in [part for part in model.modules() if not hasattr(type(part), "plain")]:
         forward: Any = None
         down: Any = getattr(part, "down_proj", None)
         weight: Any = getattr(part, "weight", None)
@@ -83,7 +90,16 @@ def lighten(model) -> int:
     return changed
 
 
-def kept_of_layer(model) -> tuple[int, int]:
-    """Tensors of a layer that are kept for the backward pass: as wide as the hidden state, and as its MLP."""
-    forwards = {type(part).forward for part in model.modules()}
-    return 6 if one_kernel_norm in forwards else 12, 2 if lean_mlp in forwards else 4
+def kept_of_layer(model) -> int:
+    """Elements a token that a layer keeps for the backward pass."""
+    shape = model.config.get_text_config()
+    hidden = shape.hidden_size
+    wide = max(getattr(shape, "intermediate_size", None) or 4 * hidden, hidden)
+    parts = list(model.modules())
+    lean = any(type(part).forward is lean_mlp and type(part.down_proj) is nn.Linear for part in parts)
+    if not lean or all(type(part).forward is not one_kernel_norm for part in parts):
+        return 12 * hidden + 4 * wide  # norms keep fp32 copies, adapters their inputs
+    _, kv_heads, head_dim = cache_shape(model)
+    heads = (shape.num_attention_heads + kv_heads) * head_dim  # of queries and keys, as of output and values
+    normed = any(hasattr(part, "q_norm") for part in parts)  # queries and keys before and after
+    return 4 * hidden + (2 + normed) * heads + 2 * wide

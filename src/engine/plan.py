@@ -175,10 +175,7 @@ def memory_plan(config: Config, model, anchor, tokens: int | None = None) -> dic
         tokens = limit.tokens or limit.completions * completion + math.ceil(limit.completions / group) * prompt
     tokens = min(tokens, training.batch_size * completion + training.num_questions_per_batch * prompt)
     vocabulary = shape.vocab_size
-    wide = max(getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size, shape.hidden_size)
-    # what autograd keeps of a layer: its input, norms, projections and their products
-    of_hidden, of_mlp = kept_of_layer(model)
-    kept = (of_hidden * shape.hidden_size + of_mlp * wide) * model.dtype.itemsize
+    kept = kept_of_layer(model) * model.dtype.itemsize
     layers, again = shape.num_hidden_layers, 0
     if config.model.gradient_checkpointing:  # of these only the input is kept, and all of the one at work
         again = layers
