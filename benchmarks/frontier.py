@@ -69,6 +69,7 @@ LINES: dict[str, dict[str, dict]] = {
     "entropy bonus": strengths("entropy_coef", (0.01, 0.03), loss_type="none"),
     "entropy target": strengths("entropy_target", (0.12,), loss_type="none"),
 }  # fmt: skip
+DRAWN = ("none", "kl", "kl forward", "k3", "ot", "maxent", "listwise", "entropy bonus", "entropy target")
 QUICK = ("none", "kl", "maxent")
 COMPARED = (("kl forward", "kl"), ("ot", "kl"), ("k3", "kl"), ("maxent", "kl"))  # beside each and `none`
 
@@ -305,27 +306,26 @@ def differences(found: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def draw(lines: dict[str, dict[str, list[dict]]], base: dict | None = None):
-    """A figure: four axes against accuracy, a line a method, bars one standard deviation over the seeds."""
+def draw(lines: dict[str, dict[str, list[dict]]], base: dict):
+    """A figure: four axes against accuracy, a line a method; bars are one standard deviation over the seeds."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
-    panels = ("coverage", "pass@64", "kl", "forgetting")
-    for axis, key in zip(axes.flat, panels, strict=True):
-        for index, (line, points) in enumerate(lines.items()):
+    for axis, key in zip(axes.flat, ("coverage", "pass@64", "kl", "forgetting"), strict=True):
+        for index, line in enumerate(line for line in DRAWN if line in lines):
             places = []
-            for runs in points.values():
-                pairs = [[run["metrics"][name] for run in runs] for name in ("pass@1", key)]
-                places.append([f(values) for values in pairs for f in (mean, lambda v: stdev(v) if len(v) > 1 else 0)])
-            x, wide, y, high = np.array(sorted(places)).T
-            style = ("-", "--", ":")[index // 10 % 3]
-            axis.errorbar(x, y, high, wide, style, color=f"C{index % 10}", marker="o", markersize=3, linewidth=1,
-                          elinewidth=0.6, label=line)  # fmt: skip
-        if base:
-            axis.axhline(base[key], color="k", linestyle=":", linewidth=1, label="base")
+            for runs in lines[line].values():
+                x, y = ([run["metrics"][name] for run in runs] for name in ("pass@1", key))
+                places.append([mean(x), mean(y), stdev(y) if len(y) > 1 else 0.0])
+            x, y, spread = np.array(sorted(places)).T
+            color = f"C{index - 1}" if index else "black"
+            axis.errorbar(
+                x, y, spread, color=color, marker="o", markersize=4, linewidth=1.2, elinewidth=0.6, label=line
+            )
+        axis.axhline(base[key], color="black", linestyle=":", linewidth=1, label="base")
         axis.set(title=AXES[key][0], xlabel="held-out accuracy, sampled")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="x-small", ncols=2)
+    axes[0, 0].legend(fontsize="small", ncols=2)
     return figure
 
 
