@@ -12,7 +12,7 @@ import pytest
 from benchmarks import fp32_head, gpu_first, ot_figure, ot_scale, step, turns, update
 from src.records import Episode, Group, Problem
 
-SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick"]
+SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick", "--dtype", "float32"]
 
 
 def result_of(module, monkeypatch, capsys, *options: str, smallest=SMALLEST) -> dict:
@@ -25,7 +25,7 @@ def result_of(module, monkeypatch, capsys, *options: str, smallest=SMALLEST) -> 
 def test_the_packed_and_the_padded_update_have_the_same_gradient(monkeypatch, capsys):
     monkeypatch.setattr(update, "SCORED_TOKENS", 512)
     monkeypatch.setattr(update, "VOCABULARIES", (64, 128))
-    result = result_of(update, monkeypatch, capsys, "--dtype", "float32")
+    result = result_of(update, monkeypatch, capsys)
     assert set(result["median"]) == {"ours", "padded"} and result["ours_over_padded"] > 0
     assert result["grad_norm"]["ours"] == pytest.approx(result["grad_norm"]["padded"], rel=1e-4)
     assert result["grad_norm"]["ours"] > 0.01 and set(result["scoring_bytes"]) == {"64", "128"}
