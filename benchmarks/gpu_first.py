@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.gpu_first --output OUT                  # about 8 minutes on an H200
     python3 -m benchmarks.gpu_first --output OUT --stages train   # 5 minutes: trains the embedded model end to end
-    python3 -m benchmarks.gpu_first --output OUT --quick          # anywhere, a CPU too: only shows that it runs
+    python3 -m benchmarks.gpu_first --output OUT --quick --device cpu --dtype float32  # anywhere: shows that it runs
 
 Each stage is a process of its own with a limit, so that what one breaks does not cost the others: a line of
 OUT/results.jsonl for every result, what it prints in OUT/log.txt. Weights are random and made on the device; nothing is
@@ -175,7 +175,7 @@ def environment(options) -> None:
 def tests(options) -> None:
     """The tests that need a GPU."""
     files = [str(PROJECT / "tests" / name) for name in (TESTS[:1] if options.quick else TESTS)]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-n", "0", "--tb=short", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
     note(options, pytest=subprocess.run(command, cwd=PROJECT).returncode)
 
 
