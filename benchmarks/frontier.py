@@ -382,7 +382,9 @@ def main() -> None:
         import matplotlib
 
         matplotlib.use("Agg")
-        draw(lines, base).savefig(options.results.with_suffix(".png"), dpi=80)
+        figure = draw(lines, base)
+        figure.savefig(options.results.with_suffix(".png"), dpi=80)
+        matplotlib.pyplot.close(figure)  # else a notebook in the same process would show it
     found = statements(lines, base)
     print(table({"base": {"": [{"metrics": base}]}} | lines), differences(found), sep="\n\n")
     points = {f"{line} {label}": [run["metrics"] for run in runs]
