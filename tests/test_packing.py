@@ -263,6 +263,15 @@ def test_norms_that_compute_something_else_stay_as_they_are(monkeypatch):
     assert lighten(model) == 3 * layers
 
 
+def test_an_mlp_that_clamps_what_is_large_stays_as_it_is(monkeypatch):
+    model, layers = make_pair("llama")[0], SHAPE["num_hidden_layers"]
+    mlp = parts_of(model, "MLP")[0]
+    largest = float(mlp(torch.randn(1, 3, SHAPE["hidden_size"])).abs().max())
+    whole = type(mlp).forward
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: whole(self, x).clamp(-100 * largest, 100 * largest))
+    assert lighten(model) == 2 * layers + 1 and type(mlp).forward is not lean_mlp  # the norms alone
+
+
 def jensen_shannon(logits, anchor_logits):
     """A distance of whole distributions for which there is no written-out gradient."""
     p, q = logits.log_softmax(-1), anchor_logits.log_softmax(-1)
