@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_packing import make_pair, ragged_groups
+from test_packing import make_pair, ragged_groups, with_head
 from test_sampler import sample, tokens_of
 
 from src.engine import cuda_decoding, statistics
@@ -49,11 +49,13 @@ def test_both_layouts_decode_in_bf16_and_the_trainer_agrees(name, layout, slots,
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "granite"])
-def test_packed_scores_and_gradients_in_bf16_are_those_of_the_cpu_in_fp32(name):
+@pytest.mark.parametrize("head", [0, 20])
+def test_packed_scores_and_gradients_in_bf16_are_those_of_the_cpu_in_fp32(name, head):
     packed, _ = make_pair(name)
     results = []
+    groups = with_head(ragged_groups(), head) if head else ragged_groups()
     for model in (packed.float(), copy.deepcopy(packed).to("cuda", torch.bfloat16)):
-        row = pack(ragged_groups(), model.device, model.dtype)
+        row = pack(groups, model.device, model.dtype)
         scores = score(model, row, 0.7)
         row.batch.mean(scores.logprobs).backward()
         gradient = torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()])

@@ -14,11 +14,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.update import scoring_memory
 from src.config import Config, ConfigError, LoraConfig, ModelConfig
-from src.engine import scoring, statistics
+from src.engine import attention, scoring, statistics
 from src.engine.attention import ATTENTION_NAME, PackedAttention, check_attention, grpo_packed_attention
 from src.engine.lighter import kept_of_layer, lean_mlp, lighten, one_kernel_norm, with_forward
 from src.engine.models import check_compiler, compile_layers, decoder_layers, load_model
-from src.engine.packing import Pass, fill_microbatches, pack, split_into_microbatches
+from src.engine.packing import Pass, fill_microbatches, pack, shared_head, split_into_microbatches
 from src.engine.scoring import score
 from src.engine.statistics import TokenStatistics
 from src.records import Episode, Group, Problem
@@ -71,6 +71,13 @@ def ragged_groups() -> list[Group]:
     return make_groups(torch.Generator().manual_seed(1), RAGGED)
 
 
+def with_head(groups: list[Group], length: int = 20) -> list[Group]:
+    """The same, with a beginning that is the same for all prompts."""
+    head = tuple(range(2, 2 + length))
+    prompts = [replace(group.problem, prompt_ids=head + group.problem.prompt_ids) for group in groups]
+    return [replace(group, problem=problem) for group, problem in zip(groups, prompts, strict=True)]
+
+
 def with_feedback(group: Group) -> Group:
     """The same tokens, of which the policy has not written some: the first ones, and others in between."""
 
@@ -117,13 +124,20 @@ def moved(*models) -> None:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-@pytest.mark.parametrize("chunk_tokens, feedback", [(None, False), (5, False), (5, True)])  # 5: computed again
-def test_packed_logprobs_and_gradients_equal_the_plain_forward(name, chunk_tokens, feedback):
-    """With feedback that the policy did not write: as a loss mask over the plain forward of the whole transcript."""
+@pytest.mark.parametrize(
+    "chunk_tokens, feedback, head", [(None, False, 0), (5, False, 0), (5, True, 0), (None, False, 20), (5, True, 20)]
+)  # 5: computed again
+def test_packed_logprobs_and_gradients_equal_the_plain_forward(name, chunk_tokens, feedback, head):
+    """With feedback that the policy did not write: as a loss mask over the plain forward of the whole transcript.
+
+    What all prompts begin with is in the row once.
+    """
     packed, plain = make_pair(name)
     groups = [with_feedback(group) for group in ragged_groups()] if feedback else ragged_groups()
+    groups = with_head(groups, head) if head else groups
     episodes = [episode for group in groups for episode in group.episodes]
     row = make_row(groups)
+    assert row.input_ids.numel() == sum(group.tokens() for group in groups) - head * (len(groups) - 1)
     elements = chunk_tokens and chunk_tokens * packed.config.vocab_size
     scores = score(packed, row, 0.7, elements=elements)
     expected = of_tokens(plain_logits(plain, groups, 0.7).log_softmax(-1), groups)
@@ -476,11 +490,34 @@ def test_a_trial_that_runs_out_of_memory_is_made_again(monkeypatch, on_the_cpu_t
 # rows and passes
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_tiles_show_each_token_its_prompt_and_its_own_past_only(seed):
-    """Attention by tiles against a dense mask over the whole row, random segments."""
+def test_a_head_is_what_all_prompts_share_and_never_a_whole_prompt():
+    same = tuple(range(30))
+    assert shared_head([(*same, 5), (*same, 7, 8), (*same, 5, 9)]) == 30
+    assert shared_head([same, (*same, 7)]) == shared_head([same, same]) == 29  # each keeps a token that predicts
+    assert shared_head([same]) == shared_head([same, same[:16]]) == shared_head([same[:15] + (99,), same]) == 0
+
+
+def varlen_by_hand(query, key, value, query_ends, key_ends, longest_query, longest_key, scale, window_size, **_):
+    """Segment by segment, causal aligned to the bottom right: query [T, H, D], key and value [keys, Hkv or H, D]."""
+    outputs = []
+    bounds = zip(*(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True) for ends in (query_ends, key_ends)),
+                 strict=True)  # fmt: skip
+    for (first, last), (first_key, last_key) in bounds:
+        rows, columns = last - first, last_key - first_key
+        assert rows <= longest_query and columns <= longest_key and window_size == (-1, 0)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[first:last], *(y[first_key:last_key] for y in (key, value))))
+        mask = torch.ones(rows, columns).tril(columns - rows).bool()
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tiles_show_each_token_its_prompt_and_its_own_past_only(seed, monkeypatch):
+    """Attention by tiles against a dense mask over the whole row, random segments, behind a head or not."""
     random = np.random.default_rng(seed)
-    segments, row = [], 0
+    head = int(random.integers(0, 7)) * (seed % 2)
+    segments, row = [(0, head, 0, 0)] * bool(head), head
     for _ in range(random.integers(1, 5)):
         prompt = (row, int(random.integers(1, 9)))
         segments.append((*prompt, prompt[0], 0))
@@ -488,13 +525,20 @@ def test_tiles_show_each_token_its_prompt_and_its_own_past_only(seed):
         for length in random.integers(1, 14, random.integers(1, 6)).tolist():
             segments.append((row, length, *prompt))
             row += length
-    plan = PackedAttention(*np.array(segments).T, "cpu", torch.float32)
+    plan = PackedAttention(*np.array(segments).T, "cpu", torch.float32, head)
     visible = torch.zeros(row, row, dtype=torch.bool)
+    visible[head:, :head] = True
     for start, length, prefix_start, prefix_length in segments:
         visible[start : start + length, prefix_start : prefix_start + prefix_length] = True
         visible[start : start + length, start : start + length] = torch.ones(length, length).tril().bool()
     query, key, value = torch.randn(1, 4, row, 8), torch.randn(1, 2, row, 8), torch.randn(1, 2, row, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(plan.attend(0, query, key, value, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+    # and by the kernel of a GPU, which is told where segments begin: done by hand, on this machine
+    monkeypatch.setattr(attention, "upload", lambda tensors, device: tensors)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_hand)
+    plan = PackedAttention(*np.array(segments).T, "cuda", torch.bfloat16, head)
+    assert plan.use_varlen
     torch.testing.assert_close(plan.attend(0, query, key, value, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 

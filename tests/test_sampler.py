@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -242,10 +243,13 @@ def test_nan_in_the_cache_does_not_reach_the_next_episode_of_the_slot(monkeypatc
     assert tokens_of(groups) == [reference[index] for index in whole]
 
 
-def test_completions_do_not_depend_on_the_wave(monkeypatch):
+@pytest.mark.parametrize("head", [(), tuple(range(2, 40))], ids=["", "all prompts begin alike"])
+def test_completions_do_not_depend_on_the_wave(head, monkeypatch):
     packed, _ = make_pair("llama")
     problems = make_prompts((5, 9, 1, 6, 6, 14, 3, 3, 8, 2))
-    reference = tokens_of(sample(packed, 2, problems, 64))
+    problems = [replace(problem, prompt_ids=head + problem.prompt_ids) for problem in problems]
+    reference = [row for problem in problems for row in tokens_of(sample(packed, 2, [problem], 64))]  # each alone
+    assert tokens_of(sample(packed, 2, problems, 64)) == reference
     prefilled = []
     original = sampler.prefill
     monkeypatch.setattr(sampler, "prefill", lambda m, wave: (prefilled.append(len(wave)), original(m, wave))[1])

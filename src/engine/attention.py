@@ -40,7 +40,10 @@ class Tile:
 
 
 class PackedAttention:
-    """Who sees whom in a packed row. Segments are contiguous and cover the row; each may have a prefix to look at."""
+    """Who sees whom in a packed row. Segments are contiguous and cover the row; each may have a prefix to look at.
+
+    Before its prefix all but the first see `head` tokens, which are that first segment.
+    """
 
     def __init__(
         self,
@@ -50,24 +53,35 @@ class PackedAttention:
         prefix_lengths: np.ndarray,
         device: torch.device | str,
         dtype: torch.dtype,
+        head: int = 0,
     ):
-        self.longest = int((lengths + prefix_lengths).max())
+        heads = np.where(starts < head, 0, head)  # [S]
+        self.longest = int((heads + prefix_lengths + lengths).max())
         self.use_varlen = torch.device(device).type == "cuda" and varlen_attn is not None and dtype != torch.float32
         if self.use_varlen:
             keys = [
-                np.r_[p : p + m, s : s + n]
-                for s, n, p, m in zip(starts, lengths, prefix_starts, prefix_lengths, strict=True)
+                np.r_[:h, p : p + m, s : s + n]
+                for h, s, n, p, m in zip(heads, starts, lengths, prefix_starts, prefix_lengths, strict=True)
             ]
-            whole = [torch.from_numpy(np.concatenate(keys)), cumulative(lengths), cumulative(lengths + prefix_lengths)]
+            sizes = np.array([len(row) for row in keys])
+            whole = [torch.from_numpy(np.concatenate(keys)), cumulative(lengths), cumulative(sizes)]
             # [keys], [S + 1], [S + 1]
             self.key_index, self.cumulative_queries, self.cumulative_keys = upload(whole, device)
             self.longest_query = int(lengths.max())
             return
-        # prompts have no prefix and completions do: two tiles keep a long prompt from padding short completions
+        # a head sees nothing before itself, prompts see it, completions a prompt too: a tile of each keeps a long
+        # prompt from padding short completions
         self.tiles, order = [], []
-        for chosen in (np.flatnonzero(prefix_lengths == 0), np.flatnonzero(prefix_lengths)):
+        for first, with_prefix in ((True, False), (False, False), (False, True)):
+            chosen = np.flatnonzero(((starts < head) == first) & ((prefix_lengths > 0) == with_prefix))
             if len(chosen):
-                tile, rows = build_tile(starts[chosen], lengths[chosen], prefix_starts[chosen], prefix_lengths[chosen])
+                tile, rows = build_tile(
+                    starts[chosen],
+                    lengths[chosen],
+                    prefix_starts[chosen],
+                    prefix_lengths[chosen],
+                    0 if first else head,
+                )
                 order.append(rows)
                 self.tiles.append(
                     replace(
@@ -105,7 +119,7 @@ class PackedAttention:
         return torch.cat(outputs).index_select(0, self.output_index)[None]
 
     def attend_varlen(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """CUDA: every segment's queries against its prefix and itself, causal aligned to the bottom right."""
+        """CUDA: every segment's queries against what is before it and itself, causal aligned to the bottom right."""
         key, value = key.index_select(0, self.key_index), value.index_select(0, self.key_index)  # [keys, Hkv, D]
         options = {"enable_gqa": True} if VARLEN_HAS_GQA else {}
         if not VARLEN_HAS_GQA and query.shape[1] != key.shape[1]:
@@ -130,13 +144,18 @@ def cumulative(lengths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype(np.int32))
 
 
-def build_tile(starts, lengths, prefix_starts, prefix_lengths) -> tuple[Tile, np.ndarray]:
-    """The tile of these segments, and the place in the row of each of its S * L query rows (-1 for padding)."""
-    width, prefix_width = int(lengths.max()), int(prefix_lengths.max())
+def build_tile(starts, lengths, prefix_starts, prefix_lengths, head: int) -> tuple[Tile, np.ndarray]:
+    """The tile of these segments, and the place in the row of each of its S * L query rows (-1 for padding).
+
+    P is head and prefix together.
+    """
+    width, prefix_width = int(lengths.max()), head + int(prefix_lengths.max())
+    prefix_lengths, prefix_starts = head + prefix_lengths, prefix_starts - head
     own = np.arange(width)[None]  # [1, L]
     before = np.arange(prefix_width)[None]  # [1, P]
     queries = starts[:, None] + np.minimum(own, lengths[:, None] - 1)  # [S, L] padding repeats the last token
     prefix = prefix_starts[:, None] + np.minimum(before, np.maximum(prefix_lengths[:, None] - 1, 0))  # [S, P]
+    prefix[:, :head] = before[:, :head]
     rows = np.where(own < lengths[:, None], queries, -1)
     sees_prefix = np.broadcast_to((before < prefix_lengths[:, None])[:, None], (len(starts), width, prefix_width))
     sees_own = np.broadcast_to(own[:, None] <= own[:, :, None], (len(starts), width, width))  # causal

@@ -158,13 +158,13 @@ class Engine:
         """Each pass over the groups with its scores; between two of them a step may be given up."""
         if not groups:
             return
-        tokens, done = sum(map(Group.tokens, groups)), 0
+        total, done = sum(len(group.episodes) for group in groups), 0
         for row in self.passes(groups, whole_groups):
             if self.untouched and world() == 1:  # where others wait nobody leaves
                 self.check_stop()
-            self.report(verb, partial(min, 1.0, done * world() / max(1, tokens)))
+            self.report(verb, partial(min, 1.0, done * world() / max(1, total)))
             yield row, score(self.model, row, self.config.training.temperature, elements=self.limit.head, **want)
-            done += row.input_ids.numel()
+            done += len(row.batch.lengths)
 
     def forward_backward(
         self,
@@ -310,8 +310,9 @@ class Engine:
         questions, length = training.num_questions_per_batch, training.max_gen_len + self.config.most_told()
         weight = 1 / (training.batch_size * length)
         episode = Episode((0,) * length, (0.0,) * length, True, "", token_weight=weight, episode_weight=weight * length)
-        problem = Problem(0, (0,) * training.max_prompt_len, "", {})
-        return [Group(problem, (episode,) * (training.batch_size // questions))] * questions
+        # one unlike the next, so that they share nothing
+        problems = [Problem(0, (index % 2,) * training.max_prompt_len, "", {}) for index in range(questions)]
+        return [Group(problem, (episode,) * (training.batch_size // questions)) for problem in problems]
 
     def rehearse(self, objective: Objective, longest: list[Group] | None = None, **want: Any) -> None:
         """Run the longest pass before the first step: what does not fit is cut smaller now, not late in the run."""

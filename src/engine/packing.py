@@ -1,7 +1,8 @@
 """Groups of completions -> one row of tokens without padding, and the cutting of an update into such rows.
 
 A group lies in the row as [prompt | completion 1 | completion 2 | ...]; positions of each completion start again at
-len(prompt). A completion attends to its prompt and to itself, never to its siblings, so a prompt is computed once.
+len(prompt). A completion attends to its prompt and to itself, never to its siblings, so a prompt is computed once. What
+all prompts of a row begin with, a system message or solved examples, is its first segment and computed once too.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from src.engine.profiling import phase
 from src.engine.upload import upload
 from src.records import Batch, Episode, Group
 
+LEAST_HEAD = 16  # tokens that all prompts begin with, from which they are a segment of their own
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -31,25 +34,34 @@ class Pass:
     counts: bool = True  # False: without any weight, only to keep step with other processes (sharding.py)
 
 
+def shared_head(prompts: Sequence[tuple[int, ...]]) -> int:
+    """With how many same tokens all of several prompts begin, never a whole prompt; 0 where it is hardly any."""
+    first, last = min(prompts), max(prompts)  # what they share all share
+    differs = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    head = min(next(differs, len(first)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    return head if head >= LEAST_HEAD else 0
+
+
 @phase("packing")
 def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) -> Pass:
     """Lay groups (or parts of groups) end to end in one row."""
-    ids: list[int] = []
-    positions: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []  # start, length, prefix start, prefix length
+    head = shared_head([piece.problem.prompt_ids for piece in pieces])
+    ids = list(pieces[0].problem.prompt_ids[:head])
+    positions = list(range(head))
+    segments = [(0, head, 0, 0)] * bool(head)  # start, length, prefix start, prefix length
     for piece in pieces:
-        prompt = piece.problem.prompt_ids
-        prompt_start = len(ids)
+        prompt = piece.problem.prompt_ids[head:]
+        prompt_start, begin = len(ids), head + len(prompt)
         segments.append((prompt_start, len(prompt), prompt_start, 0))
         ids.extend(prompt)
-        positions.extend(range(len(prompt)))
+        positions.extend(range(head, begin))
         for episode in piece.episodes:
             start, length = len(ids), len(episode.token_ids)
             segments.append((start, length, prompt_start, len(prompt)))
             ids.extend(episode.token_ids)
-            positions.extend(range(len(prompt), len(prompt) + length))
+            positions.extend(range(begin, begin + length))
             # the first token is predicted by the prompt's last, every other by the one before it
             before = [prompt_start + len(prompt) - 1, *range(start, start + length - 1)]
             predictors.extend(of_written(episode, before))
@@ -60,7 +72,7 @@ def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) ->
     found: dict[str, Any] = {"sampled_logprobs": None, "old_logprobs": None}
     found |= dict(zip(columns, there, strict=True))
     starts, sizes, prefix_starts, prefix_sizes = np.array(segments).T
-    plan = PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype)
+    plan = PackedAttention(starts, sizes, prefix_starts, prefix_sizes, device, dtype, head)
     return Pass(input_ids, position_ids, plan, predictor_index, Batch(token_ids=token_ids, groups=len(pieces), **found))
 
 

@@ -1,4 +1,7 @@
-"""The prompts of a rollout, each read once: the keys and values that all of its completions look at."""
+"""The prompts of a rollout, each read once: the keys and values that all of its completions look at.
+
+What all prompts of a pass begin with is read once for all of them, as in an update (packing.py).
+"""
 
 from collections.abc import Sequence
 
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from src.engine.attention import PackedAttention
 from src.engine.decoding import cache_shape
+from src.engine.packing import shared_head
 from src.engine.profiling import phase
 from src.records import Problem
 
@@ -17,16 +21,20 @@ PREFILL_TOKENS = 16384  # prompt tokens of one prefill pass
 class PromptCache(PackedAttention):
     """Attention of the prefill pass: that of a packed row of prompts, and every layer's keys and values are kept."""
 
-    def __init__(self, lengths: np.ndarray, first: int, keys: Tensor, values: Tensor):
-        super().__init__(np.cumsum(lengths) - lengths, lengths, 0 * lengths, 0 * lengths, keys.device, keys.dtype)
-        self.keys, self.values = keys, values  # [layers, prompts, Hkv, longest, D]
-        rows = np.repeat(np.arange(first, first + len(lengths)), lengths)
-        places = np.concatenate([np.arange(length) for length in lengths])
+    def __init__(self, lengths: np.ndarray, head: int, keys: Tensor, values: Tensor):
+        """lengths [n] of the prompts, of which the first `head` tokens are the same; keys, values of these prompts."""
+        segments = np.array([head] * bool(head) + [*(lengths - head)])  # [S]
+        starts, none = np.cumsum(segments) - segments, 0 * segments
+        super().__init__(starts, segments, none, none, keys.device, keys.dtype, head)
+        self.keys, self.values, self.head = keys, values, head  # [layers, n, Hkv, longest, D]
+        rows = np.repeat(np.arange(len(lengths)), lengths - head)
+        places = np.concatenate([np.arange(head, length) for length in lengths])
         self.rows, self.places = torch.from_numpy(rows).to(keys.device), torch.from_numpy(places).to(keys.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.keys[layer][self.rows, :, self.places] = key[0].transpose(0, 1)  # [tokens, Hkv, D]
-        self.values[layer][self.rows, :, self.places] = value[0].transpose(0, 1)
+        for kept, new in ((self.keys[layer], key[0]), (self.values[layer], value[0])):  # new [Hkv, tokens, D]
+            kept[:, :, : self.head] = new[:, : self.head]
+            kept[self.rows, :, self.places] = new[:, self.head :].transpose(0, 1)
         return super().attend(layer, query, key, value, scaling)
 
 
@@ -41,14 +49,17 @@ def prefill(model, problems: Sequence[Problem]) -> tuple[Tensor, tuple[Tensor, T
     last_hidden, first = [], 0
     while first < len(problems):
         count = max(1, int(np.searchsorted(np.cumsum(lengths[first:]), PREFILL_TOKENS, side="right")))
-        chunk = lengths[first : first + count]
-        ids = [token for problem in problems[first : first + count] for token in problem.prompt_ids]
+        chunk = slice(first, first + count)
+        prompts = [problem.prompt_ids for problem in problems[chunk]]
+        head = shared_head(prompts)
+        ids = [*prompts[0][:head], *(token for prompt in prompts for token in prompt[head:])]
+        places = np.concatenate([np.arange(head), *(np.arange(head, len(prompt)) for prompt in prompts)])  # [tokens]
         hidden = model.get_decoder()(
             input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in chunk])).to(device)[None],
+            position_ids=torch.from_numpy(places).to(device)[None],
             use_cache=False,
-            attention_plan=PromptCache(chunk, first, keys, values),
+            attention_plan=PromptCache(lengths[chunk], head, keys[:, chunk], values[:, chunk]),
         ).last_hidden_state[0]  # [tokens, hidden]
-        last_hidden.append(hidden[torch.from_numpy(np.cumsum(chunk) - 1).to(device)])
+        last_hidden.append(hidden[torch.from_numpy(head + np.cumsum(lengths[chunk] - head) - 1).to(device)])
         first += count
     return torch.cat(last_hidden), (keys, values, lengths)
