@@ -210,8 +210,8 @@ def test_the_trial_before_the_first_step_leaves_no_trace_and_the_largest_groups_
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random, tried = torch.get_rng_state(), memory_for(10**9)
     longest = run.engine.longest_groups()
-    row = pack(longest, "cpu", torch.float32)
-    assert row.input_ids.numel() == sum(group.tokens() for group in longest), "prompts that begin alike would be shorter"
+    tokens = pack(longest, "cpu", torch.float32).input_ids.numel()
+    assert tokens == sum(group.tokens() for group in longest), "prompts that begin alike would be fewer"
     run.rehearse(partial(objective, training), **wanted(training, anchor=True))
     assert tried == [training.max_prompt_len + 4 * 24], "listwise_kl needs a group whole"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
