@@ -92,16 +92,21 @@ def config_of(settings: dict):
     return load_config(CONFIG, overrides)
 
 
+def given_in(config) -> dict[str, dict]:
+    """What differs from the defaults, by section."""
+    return {
+        section: {name: value for name, value in vars(part).items() if value != getattr(type(part)(), name)}
+        for section, part in vars(config).items()
+        if is_dataclass(part)
+    }
+
+
 def fingerprint(settings: dict) -> str:
     """A name for a run that changes with every value that is given, here and in its config file.
 
     Not with defaults of src/config.py, the base's weights and the code: after changing those name another results file.
     """
-    given = {
-        section: {name: value for name, value in vars(part).items() if value != getattr(type(part)(), name)}
-        for section, part in vars(config_of(settings)).items()
-        if is_dataclass(part)
-    }
+    given = given_in(config_of(settings))
     return hashlib.sha256(json.dumps([settings, given], sort_keys=True).encode()).hexdigest()[:12]
 
 

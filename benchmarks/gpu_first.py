@@ -294,6 +294,7 @@ def optimizer(options) -> None:
 def peaks(options) -> None:
     """The longest pass of a config of each size, and its step, beside what `--check` has planned."""
     from src.config import load_config
+    from src.engine.packing import apart
     from src.engine.plan import memory_plan, of_update
 
     for size in ("3b", "7b"):
@@ -307,7 +308,8 @@ def peaks(options) -> None:
         plan = memory_plan(engine.config, engine.model, engine.anchor)
         peak_gib(options)
         for step in (1, 2):  # the optimizer's states come with the first
-            update_of(engine, 2 * engine.limit.cut(engine.longest_groups(), False)[0])  # the second adds to gradients
+            batch = engine.limit.cut(engine.longest_groups(), False)[0]
+            update_of(engine, apart(2 * batch))  # the second adds to gradients
             engine.optim_step(1e-6)
             note(
                 options, size=size, step=step, planned_gib=round(of_update(plan) / 2**30, 2), peak_gib=peak_gib(options)

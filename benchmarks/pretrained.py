@@ -7,12 +7,18 @@
     uv run python -m benchmarks.pretrained --show benchmarks/pretrained.jsonl     # the tables of what is committed
 
 150 steps of 128 completions: full weights with three seeds, adapters, and the first steps of TRL's GRPOTrainer with the
-same prompts in the same order, loss and learning rate. Before and after, on problems of `test` (settings were chosen on
-`validation`): is the completion the right number and nothing else (strict, what is rewarded), is its last number right
-(lenient), is it a number and nothing else, right or not (format). So task and format are told apart.
+same prompts in the same order, the same loss and learning rate. Before and after, on problems of `test` (settings were
+chosen on `validation`): is the completion the right number and nothing else (strict, what is rewarded), is its last
+number right (lenient), is it a number and nothing else, right or not (format). So task and format are told apart.
+
+Where TRL is not the same: its warm-up begins at 0, so its first step moves nothing; its passes have 32 completions,
+ours what fits; its advantages are smaller by 1.07 (both gradients are clipped to norm 1); its AdamW has fp32 moments,
+ours 8 bits (with --dtype bfloat16 it trains fp32 weights under autocast). In prompts that begin alike, with short
+answers, ours has an advantage that other tasks do not give.
 
 Every finished run is a line of the results file; our runs go on where they were stopped, TRL's begins anew. Seconds are
-those of the steps, without evaluation and checkpoints. The last line of stdout is one JSON document.
+those of the steps, without evaluation and checkpoints. A changed setting is another run, and never mixed with others.
+The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -30,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.frontier import distance, interval, read_results
+from benchmarks.frontier import distance, given_in, interval, read_results
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIG = PROJECT / "benchmarks" / "pretrained.yaml"
@@ -87,9 +93,10 @@ def config_of(settings: dict, model: str | Path, **data):
 
 
 def fingerprint(settings: dict, model: str) -> str:
-    """A name for a run that changes with its settings, the config file, the task and the base's weights."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for file in (CONFIG, CONFIG.with_name("pretrained_task.py"), *sorted(Path(model).glob("*.safetensors"))):
+    """A name for a run that changes with settings, config, task and the base's weights; not with the code."""
+    given = given_in(config_of(settings, "BASE"))
+    digest = hashlib.sha256(json.dumps([settings, given], sort_keys=True).encode())
+    for file in (CONFIG.with_name("pretrained_task.py"), *sorted(Path(model).glob("*.safetensors"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -193,7 +200,7 @@ def train_trl(settings: dict, folder: Path, base: str) -> dict:
         beta=0.0,
         temperature=1.0,
         gradient_checkpointing=False,
-        bf16=False,  # would compute fp32 weights in bf16
+        bf16=settings["dtype"] == "bfloat16",
         use_cpu=True,
         shuffle_dataset=False,
         seed=training.random_seed,
@@ -203,7 +210,7 @@ def train_trl(settings: dict, folder: Path, base: str) -> dict:
         save_only_model=True,
         logging_steps=1,
         disable_tqdm=True,
-        model_init_kwargs={"dtype": settings["dtype"]},
+        model_init_kwargs={"dtype": "float32"},
     )
 
     class StepClock(transformers.TrainerCallback):
@@ -248,6 +255,12 @@ def run_alone(line: str, settings: dict, folder: Path, base: str) -> dict:
     return (train_trl if line == "trl" else train_ours)(settings, folder, base)
 
 
+def like(line: str, settings: dict, model: str) -> str:
+    """The same for runs that differ in their seed alone."""
+    training = {key: value for key, value in settings.get("training", {}).items() if key != "random_seed"}
+    return fingerprint(settings | {"line": line, "training": training}, model)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All of them
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,15 +273,24 @@ def take(line: str, settings: dict, options) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.pretrained", "--model", options.model,
                "--alone", line, json.dumps(settings), str(folder)]  # fmt: skip
-    threads = max(1, (os.cpu_count() or 1) // options.processes)
     with (folder / "log").open("a") as log:
         code = subprocess.run(
-            command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log
+            command,
+            cwd=PROJECT,
+            env={**os.environ, "OMP_NUM_THREADS": str(settings["threads"])},
+            stdout=log,
+            stderr=log,
         ).returncode
     if code:
         raise SystemExit(f"{line} ended with {code}; see {folder / 'log'}; the same command goes on")
     found = json.loads((folder / "found.json").read_text())
-    row = {"run": f"{line}-{name}", "line": line, "settings": settings, "threads": threads, **found}
+    row = {
+        "run": f"{line}-{name}",
+        "line": line,
+        "like": like(line, settings, options.model),
+        "settings": settings,
+        **found,
+    }
     with options.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{line}: greedy {found['metrics']['greedy']:.1%}", file=sys.stderr)
@@ -277,11 +299,13 @@ def take(line: str, settings: dict, options) -> dict:
 
 def sweep(options) -> list[dict]:
     """The runs, those that are missing taken now; adapters last, since no claim rests on them."""
-    common = {"dtype": options.dtype, "problems": options.problems, "samples": options.samples}
+    threads = max(1, (os.cpu_count() or 1) // options.processes)
+    common = {"dtype": options.dtype, "problems": options.problems, "samples": options.samples, "threads": threads}
     wanted = [("base", common)]
     pairs = [(line, seed) for seed in range(options.seeds) for line in options.lines if line == "ours" or seed == 0]
     for line, seed in sorted(pairs, key=lambda pair: pair[0] == "lora"):
         changed = {"max_steps": options.steps, **LINES[line]["training"], "random_seed": seed}
+        changed["max_steps"] = min(options.steps, changed["max_steps"])
         wanted.append((line, common | LINES[line] | {"training": changed}))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = read_results(options.results)
@@ -303,7 +327,9 @@ def reached(row: dict, accuracy: float) -> float | None:
 
 
 def of_line(rows: list[dict], line: str) -> list[dict]:
-    return [row for row in rows if row["line"] == line]
+    """Its runs; of several kinds those like the newest."""
+    found = [row for row in rows if row["line"] == line]
+    return [row for row in found if row["like"] == found[-1]["like"]]
 
 
 def table(rows: list[dict]) -> str:
@@ -323,15 +349,17 @@ def table(rows: list[dict]) -> str:
 
 
 def race(rows: list[dict], levels: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8)) -> str:
-    """Markdown: seconds a step, and until an accuracy was reached."""
-    chosen = [row for row in rows if "seconds" in row]
-    text = ["| run | seconds a step | " + " | ".join(f"{level:.0%}" for level in levels) + " |"]
+    """Markdown: seconds a step, over as many steps of each, and until an accuracy was reached."""
+    chosen = [row for line in LINES for row in of_line(rows, line)]
+    first = min((len(row["seconds"]) for row in chosen), default=0)
+    text = [f"| run | seconds a step, first {first} | " + " | ".join(f"{level:.0%}" for level in levels) + " |"]
     text.append("|" + "---|" * (len(levels) + 2))
     for row in chosen:
         times = [reached(row, level) for level in levels]
         name = f"{row['line']}, seed {row['settings']['training']['random_seed']}"
-        cells = ["never" if moment is None else f"{moment:.0f} s" for moment in times]
-        text.append(f"| {name} | {mean(row['seconds']):.1f} | " + " | ".join(cells) + " |")
+        late = f"not in {len(row['seconds'])} steps"
+        cells = [late if moment is None else f"{moment:.0f} s" for moment in times]
+        text.append(f"| {name} | {mean(row['seconds'][:first]):.1f} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
@@ -345,15 +373,16 @@ def draw(rows: list[dict], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     colors = dict(zip(LINES, ("C0", "C3", "C2"), strict=True))
-    for row in rows:
-        if len(row.get("accuracy", ())) >= WINDOW:
+    for row in (row for line in LINES for row in of_line(rows, line)):
+        if len(row["accuracy"]) >= WINDOW:
             smooth = np.convolve(row["accuracy"], np.ones(WINDOW) / WINDOW, "valid")
             minutes = np.cumsum(row["seconds"])[WINDOW - 1 :] / 60
             seed = row["settings"]["training"]["random_seed"]
-            axes.plot(minutes, smooth, color=colors[row["line"]], alpha=0.8, label=row["line"] if seed == 0 else None)
+            axes.plot(minutes, smooth, color=colors[row["line"]], alpha=0.8, label=f"{row['line']}, seed {seed}")
     axes.set(xlabel="minutes of steps", ylabel=f"right, of the last {WINDOW} x 128 completions", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    if axes.lines:
+        axes.legend(loc="lower right")
     figure.savefig(file, dpi=80)
     pyplot.close(figure)  # else a notebook in the same process would show it
 
@@ -374,6 +403,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--alone", nargs=3, help="line, settings and folder: used by the benchmark itself")
     options = parser.parse_args()
+    if options.samples < 8:
+        parser.error("--samples must be at least 8, for pass@8 and majority@8")
     if options.convert:
         return convert(*map(Path, options.convert))
     if options.alone:
@@ -396,9 +427,11 @@ def main() -> None:
     else:
         raise SystemExit("name the model's folder with --model; --convert makes it")
     print(table(rows), race(rows), sep="\n\n")
-    print(json.dumps({"benchmark": "pretrained", "date": time.strftime("%Y-%m-%d"), "quick": options.quick,
-                      "runs": [{"line": row["line"], "metrics": row["metrics"], "curve": row.get("curve"),
-                                "seconds": row.get("seconds") and mean(row["seconds"])} for row in rows]}))  # fmt: skip
+    shown = [row for line in ("base", *LINES) for row in of_line(rows, line)]
+    runs = [{name: row.get(name) for name in ("line", "settings", "metrics", "curve", "seconds")} for row in shown]
+    print(
+        json.dumps({"benchmark": "pretrained", "date": time.strftime("%Y-%m-%d"), "quick": options.quick, "runs": runs})
+    )
     return None
 
 

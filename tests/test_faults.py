@@ -24,7 +24,7 @@ from src.config import ConfigError, RunError, Stopped, load_config
 from src.engine import engine as engine_module
 from src.engine import models, plan
 from src.engine.memory import memory_of
-from src.engine.packing import pack
+from src.engine.packing import apart, pack
 from src.engine.plan import FEWEST_LOGITS, Limit, limit_of, memory_plan, of_update
 from src.engine.scoring import CHUNK_ELEMENTS
 from src.prepare import prepare
@@ -209,7 +209,7 @@ def test_the_trial_before_the_first_step_leaves_no_trace_and_the_largest_groups_
     model, training = run.engine.model, run.config.training
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random, tried = torch.get_rng_state(), memory_for(10**9)
-    longest = run.engine.longest_groups()
+    longest = apart(run.engine.longest_groups() * 2)
     tokens = pack(longest, "cpu", torch.float32).input_ids.numel()
     assert tokens == sum(group.tokens() for group in longest), "prompts that begin alike would be fewer"
     run.rehearse(partial(objective, training), **wanted(training, anchor=True))

@@ -11,7 +11,9 @@ from src.config import DataConfig
 from src.train_grpo import next_problems
 
 MODEL = "models/turns-tiny"
-SETTINGS = {"dtype": "float32", "problems": 4, "samples": 8, "training": {"random_seed": 1, "max_steps": 2}}
+SETTINGS = {"dtype": "float32", "problems": 4, "samples": 8, "threads": 1} | {
+    "training": {"random_seed": 1, "max_steps": 2}
+}
 
 
 @pytest.mark.parametrize(
@@ -36,11 +38,11 @@ def test_no_two_numbers_are_in_two_splits():
 
 def test_a_run_is_known_by_settings_config_and_weights(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    names = {pretrained.fingerprint(SETTINGS, str(tmp_path)), pretrained.fingerprint({"a": 1}, str(tmp_path))}
+    names = {pretrained.fingerprint(each, str(tmp_path)) for each in (SETTINGS, SETTINGS | {"threads": 2})}
     (tmp_path / "model.safetensors").write_bytes(b"others")
     names.add(pretrained.fingerprint(SETTINGS, str(tmp_path)))
     for file in (pretrained.CONFIG, pretrained.CONFIG.with_name("pretrained_task.py")):
-        (tmp_path / file.name).write_text(file.read_text())
+        (tmp_path / file.name).write_text(file.read_text().replace("../configs", str(pretrained.PROJECT / "configs")))
     monkeypatch.setattr(pretrained, "CONFIG", tmp_path / "pretrained.yaml")
     assert pretrained.fingerprint(SETTINGS, str(tmp_path)) in names, "the files may lie elsewhere"
     pretrained.CONFIG.write_text(pretrained.CONFIG.read_text().replace("1e-5", "2e-5"))
@@ -52,8 +54,11 @@ def test_an_accuracy_is_reached_when_ten_steps_have_it():
     row = {"accuracy": [0.0] * 5 + [0.8] * 10, "seconds": [2.0] * 15}
     assert pretrained.reached(row, 0.4) == 20.0  # five of ten steps
     assert pretrained.reached(row, 0.75) == 30.0 and pretrained.reached(row, 0.9) is None
-    row |= {"line": "ours", "settings": {"training": {"random_seed": 3}}}
-    assert "| ours, seed 3 | 2.0 | 20 s | 24 s | 26 s | 28 s | 30 s |" in pretrained.race([row])
+    row |= {"line": "ours", "like": "a", "settings": {"training": {"random_seed": 3}}}
+    other = row | {"line": "trl", "seconds": [9.0] * 12, "accuracy": [0.0] * 2 + [0.5] * 10}
+    shown = pretrained.race([row, other])
+    assert "| ours, seed 3 | 2.0 | 20 s | 24 s | 26 s | 28 s | 30 s |" in shown and "first 12" in shown
+    assert f"| trl, seed 3 | 9.0 | 90 s | 108 s |{' not in 12 steps |' * 3}" in shown
 
 
 def test_trl_gets_the_prompts_that_our_run_draws():
@@ -100,7 +105,7 @@ def sweep(monkeypatch, capsys, tmp_path):
             taken.append(f"{line} {settings.get('training', {}).get('random_seed', '')}".strip())
             metrics = dict.fromkeys(pretrained.COLUMNS, 0.1 * len(taken))
             row = {"run": f"{line}-{pretrained.fingerprint(settings, MODEL)}", "line": line, "settings": settings,
-                   "metrics": metrics}  # fmt: skip
+                   "like": pretrained.like(line, settings, MODEL), "metrics": metrics}  # fmt: skip
             if line != "base":
                 row |= {"seconds": [1.0] * 12, "accuracy": [0.5] * 12, "curve": {}}
             with options.results.open("a") as file:
@@ -126,9 +131,10 @@ def test_a_sweep_that_is_stopped_goes_on(sweep, tmp_path):
     document, first = sweep("--model", MODEL, fails=3)
     assert document is None and first == whole[:3]
     document, later = sweep("--model", MODEL)
-    assert later == whole[3:] and len(document["runs"]) == 6 and document["runs"][1]["seconds"] == 1.0
+    assert later == whole[3:] and len(document["runs"]) == 6 and document["runs"][1]["seconds"] == [1.0] * 12
     assert sweep("--model", MODEL)[1] == [] and (tmp_path / "r.png").stat().st_size > 5_000
     assert len(sweep("--model", MODEL, "--steps", "20", "--lines", "ours")[1]) == 3
     shown, taken = sweep("--show", str(tmp_path / "r.jsonl"))
-    assert len(shown["runs"]) == 9 and taken == []
+    assert taken == [] and [row["line"] for row in shown["runs"]] == ["base", *["ours"] * 3, "trl", "lora"]
+    assert shown["runs"][1]["metrics"]["greedy"] == 0.1, "the newest of ours, not those of 150 steps too"
     assert sweep("--show", str(tmp_path / "none.jsonl")) == sweep() == (None, [])

@@ -25,7 +25,7 @@ from src.engine.memory import peak_memory
 from src.engine.models import end_token_ids, load_tokenizer
 from src.engine.movement import sampled_weights, share_changed
 from src.engine.optim import MemoryEfficientAdamW
-from src.engine.packing import Pass, pack
+from src.engine.packing import Pass, apart, pack
 from src.engine.plan import Limit, Rooms, in_parts_that_fit, limit_of, memory_line, tell_of_rehearsal
 from src.engine.profiling import phase
 from src.engine.sampler import draw_numbers, rollout
@@ -310,9 +310,8 @@ class Engine:
         questions, length = training.num_questions_per_batch, training.max_gen_len + self.config.most_told()
         weight = 1 / (training.batch_size * length)
         episode = Episode((0,) * length, (0.0,) * length, True, "", token_weight=weight, episode_weight=weight * length)
-        # one unlike the next, so that they share nothing
-        problems = [Problem(0, (index % 2,) * training.max_prompt_len, "", {}) for index in range(questions)]
-        return [Group(problem, (episode,) * (training.batch_size // questions)) for problem in problems]
+        problem = Problem(0, (0,) * training.max_prompt_len, "", {})
+        return [Group(problem, (episode,) * (training.batch_size // questions))] * questions
 
     def rehearse(self, objective: Objective, longest: list[Group] | None = None, **want: Any) -> None:
         """Run the longest pass before the first step: what does not fit is cut smaller now, not late in the run."""
@@ -324,7 +323,7 @@ class Engine:
         started = time.perf_counter()
         # one for each process; on a GPU two, where there are two: the second has the gradients of the first beside it
         times = 2 if len(batches) > world() and self.device.type == "cuda" else 1
-        self.forward_backward(batch * world() * times, objective, **want)
+        self.forward_backward(apart(batch * world() * times), objective, **want)
         self.model.zero_grad(set_to_none=True)
         seconds, begun = time.perf_counter() - started, bool(self.optimizer.state)
         tell_of_rehearsal(self.config, self.model, self.anchor, seconds, begun)

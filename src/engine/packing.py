@@ -42,6 +42,13 @@ def shared_head(prompts: Sequence[tuple[int, ...]]) -> int:
     return head if head >= LEAST_HEAD else 0
 
 
+def apart(groups: list[Group]) -> list[Group]:
+    """The same by their size, with prompts that begin unlike the next one's: in a pass none is shortened by another."""
+    ordered = sorted(groups, key=Group.tokens, reverse=True)
+    first = [replace(g.problem, prompt_ids=(i % 2, *g.problem.prompt_ids[1:])) for i, g in enumerate(ordered)]
+    return [replace(group, problem=problem) for group, problem in zip(ordered, first, strict=True)]
+
+
 @phase("packing")
 def pack(pieces: list[Group], device: torch.device | str, dtype: torch.dtype) -> Pass:
     """Lay groups (or parts of groups) end to end in one row."""

@@ -1,0 +1,60 @@
+"""Without a GPU: torch's CUDA build on a stand-in for the driver, tests/null_gpu/nullgpu.c, which computes nothing.
+
+All host code is real, also the caching allocator and what may be captured; kernels are counted and not executed. So
+these are budgets: how many kernels and waits a decode step and an update have, and what memory is planned.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent / "null_gpu"
+SITE = Path(torch.__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def on_null_gpu(tmp_path_factory):
+    """Runs worker.py there; gives what it printed."""
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no C compiler")
+    if torch.cuda.is_available() or not (SITE / "nvidia" / "cu13" / "include").is_dir():
+        pytest.skip("needs torch's CUDA build for CUDA 13, and no GPU")
+    folder = tmp_path_factory.mktemp("null_gpu")
+    subprocess.run([FOLDER / "build.sh", SITE, folder], check=True)
+    there = dict.fromkeys(("LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH"), str(folder))
+    there |= {"LD_PRELOAD": str(folder / "nullgpu.so"), "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"}
+
+    def go(what: str) -> dict:
+        command = [sys.executable, str(FOLDER / "worker.py"), what]
+        done = subprocess.run(command, env={**os.environ, **there}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return go
+
+
+def test_a_decode_step_and_an_update_launch_few_kernels_and_wait_for_nothing(on_null_gpu):
+    """Qwen2.5-0.5B's shape with 4 of its layers; more layers have as many each (29 in a decode step)."""
+    found = on_null_gpu("steps")
+    for layout, most in (("flash", 209), ("padded", 221)):
+        step = found["decode"][layout]
+        assert step["captured"] and step["waits"] == 0, step
+        assert 4 * 20 < step["kernels"] <= most, "more kernels a step than when it was measured"
+    assert found["decode"]["flash"]["layout"] == "FlashAttention"
+    assert found["decode"]["padded"]["layout"] == "PaddedAttention"
+    update = found["update"]
+    assert 4 * 50 < update["kernels"] <= 481 and update["waits"] <= 1, update
+    assert update["optimizer"] <= 2134 and update["optimizer_waits"] <= 1, update
+    assert update["without_head"] == 20
+
+
+def test_the_plan_of_an_update_is_what_the_allocator_gives_out(on_null_gpu):
+    """0.5b as shipped: forward, backward and optimizer of the longest pass, all kernels' memory at its peak."""
+    found = on_null_gpu("peak")
+    assert found["taken"] <= found["planned"] <= 1.05 * found["taken"], found
