@@ -283,7 +283,7 @@ CHAIN_SUM = (
 @executes(CHAIN_SUM)
 def test_reasoning_gym(run, tmp_path, capsys):
     """As far as the packages here allow; without reasoning-gym the line that says how to get it."""
-    model = ["model.pretrained_model_path=models/countdown-tiny", "model.dtype=float32", "training.max_prompt_len=500"]
+    model = ["model.pretrained_model_path=models/countdown-tiny", "model.dtype=float32", "training.max_prompt_len=1500"]
     code = run(CHAIN_SUM, *SHORT, NOT_FIRST, *model)
     if find_spec("reasoning_gym"):
         assert code == 0 and rows_of(tmp_path)[-1]["step"] == 1
