@@ -7,9 +7,9 @@
     uv run python -m benchmarks.pretrained --show benchmarks/pretrained.jsonl     # the tables of what is committed
 
 150 steps of 128 completions: full weights with three seeds, adapters, and the first steps of TRL's GRPOTrainer with the
-same prompts in the same order, the same loss and learning rate. Before and after, on problems of `test` (settings were
-chosen on `validation`): is the completion the right number and nothing else (strict, what is rewarded), is its last
-number right (lenient), is it a number and nothing else, right or not (format). So task and format are told apart.
+same prompts in the same order, the same loss and learning rate. Before and after, on problems of `test` (the learning
+rate was chosen on `validation`): is the completion the right number and nothing else (strict, what is rewarded), is its
+last number right (lenient), is it a number and nothing else, right or not (format). So task and format are told apart.
 
 Where TRL is not the same: its warm-up begins at 0, so its first step moves nothing; its passes have 32 completions,
 ours what fits; its advantages are smaller by 1.07 (both gradients are clipped to norm 1); its AdamW has fp32 moments,
@@ -428,7 +428,7 @@ def main() -> None:
         raise SystemExit("name the model's folder with --model; --convert makes it")
     print(table(rows), race(rows), sep="\n\n")
     shown = [row for line in ("base", *LINES) for row in of_line(rows, line)]
-    runs = [{name: row.get(name) for name in ("line", "settings", "metrics", "curve", "seconds")} for row in shown]
+    runs = [{name: row.get(name) for name in ("line", "settings", "metrics", "curve")} for row in shown]
     print(
         json.dumps({"benchmark": "pretrained", "date": time.strftime("%Y-%m-%d"), "quick": options.quick, "runs": runs})
     )

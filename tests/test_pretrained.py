@@ -131,10 +131,22 @@ def test_a_sweep_that_is_stopped_goes_on(sweep, tmp_path):
     document, first = sweep("--model", MODEL, fails=3)
     assert document is None and first == whole[:3]
     document, later = sweep("--model", MODEL)
-    assert later == whole[3:] and len(document["runs"]) == 6 and document["runs"][1]["seconds"] == [1.0] * 12
+    assert later == whole[3:] and len(document["runs"]) == 6
     assert sweep("--model", MODEL)[1] == [] and (tmp_path / "r.png").stat().st_size > 5_000
     assert len(sweep("--model", MODEL, "--steps", "20", "--lines", "ours")[1]) == 3
     shown, taken = sweep("--show", str(tmp_path / "r.jsonl"))
     assert taken == [] and [row["line"] for row in shown["runs"]] == ["base", *["ours"] * 3, "trl", "lora"]
     assert shown["runs"][1]["metrics"]["greedy"] == 0.1, "the newest of ours, not those of 150 steps too"
     assert sweep("--show", str(tmp_path / "none.jsonl")) == sweep() == (None, [])
+
+
+def test_what_is_committed_is_of_todays_lines():
+    rows = list(pretrained.read_results(pretrained.PROJECT / "benchmarks" / "pretrained.jsonl").values())
+    of_ours = pretrained.of_line(rows, "ours")
+    assert [row["settings"]["training"] for row in of_ours] == [{"max_steps": 150, "random_seed": n} for n in range(3)]
+    assert {row["line"] for row in rows} >= {"base", "ours", "trl"}
+    for row in rows:
+        assert set(pretrained.COLUMNS) <= set(row["metrics"]) and row["settings"]["problems"] == pretrained.PROBLEMS
+        assert len(row["said"]) == pretrained.SHOWN
+    base = pretrained.of_line(rows, "base")[0]["metrics"]
+    assert all(row["metrics"]["lenient/greedy"] > base["lenient/greedy"] + 0.2 for row in of_ours)

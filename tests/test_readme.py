@@ -256,6 +256,7 @@ BENCHMARKS = {  # what makes them short; of those that have no form of a few sec
     "python -m benchmarks.learning --set training.max_steps=60": None,
     "python -m benchmarks.frontier": None,
     "python -m benchmarks.frontier --show benchmarks/frontier.jsonl": " ",
+    "python -m benchmarks.pretrained --show benchmarks/pretrained.jsonl": " ",
     "python -m benchmarks.gpu_first --output OUT": None,
     "python -m benchmarks.ot_figure": None,
     "uv run --group benchmarks python -m benchmarks.step --repetitions 3": None,
