@@ -199,22 +199,33 @@ def read_lines(file: str | Path) -> tuple[dict, dict[str, dict[str, list[dict]]]
     ])  # fmt: skip
 
 
-def take(line: str, label: str, settings: dict, results: Path) -> dict:
-    """One run in a process of its own, and its line in the results file."""
-    name = fingerprint(settings)
-    folder = results.parent / "frontier" / name
+def append(row: dict, file: Path) -> None:
+    """A line of the results; one that a stop has cut off stays a line of its own."""
+    cut = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * cut + json.dumps(row) + "\n")
+
+
+def run_apart(module: str, words: list[str], folder: Path, threads: int, what: str) -> dict:
+    """What --alone of a benchmark writes to found.json in this folder, in a process of its own; the log is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.frontier", "--alone", json.dumps(settings), str(folder)]
+    command = [sys.executable, "-m", f"benchmarks.{module}", *words, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (folder / "log").open("a") as log:
-        code = subprocess.run(
-            command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-        ).returncode
+        code = subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log).returncode
     if code:
-        raise SystemExit(f"{line}, {label}, ended with {code}; see {folder / 'log'}; the same command goes on")
+        raise SystemExit(f"{what} ended with {code}; see {folder / 'log'}; the same command goes on")
+    return json.loads((folder / "found.json").read_text())
+
+
+def take(line: str, label: str, settings: dict, results: Path) -> dict:
+    """One run, and its line in the results file."""
+    name = fingerprint(settings)
+    words = ["--alone", json.dumps(settings)]
+    metrics = run_apart("frontier", words, results.parent / "frontier" / name, 1, f"{line}, {label},")
     row = {"run": name, "line": line, "point": label, "seed": settings["training"]["random_seed"],
-           "settings": settings, "metrics": json.loads((folder / "metrics.json").read_text())}  # fmt: skip
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+           "settings": settings, "metrics": metrics}  # fmt: skip
+    append(row, results)
     print(f"{line}, {label}, seed {row['seed']}: {row['metrics']['pass@1']:.1%}", file=sys.stderr)
     return row
 
@@ -338,9 +349,6 @@ def sweep(chosen: dict[str, dict[str, dict]], options) -> tuple[list[dict], int]
     """The runs of base and points, those that are missing trained now; and how many those were."""
     results = options.results.resolve()
     results.parent.mkdir(parents=True, exist_ok=True)
-    if results.is_file() and not results.read_bytes().endswith(b"\n"):  # a stop in the middle of a line
-        with results.open("a") as file:
-            file.write("\n")
     wanted = [("base", "", settings_of({}, 0, options.problems))]
     wanted += [(line, label, settings_of(point, seed, options.problems))  # seed by seed: all soon have a first figure
                for seed in range(options.seeds) for line, points in chosen.items() for label, point in points.items()
@@ -366,7 +374,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.alone:
         settings, folder = json.loads(options.alone[0]), Path(options.alone[1])
-        (folder / "metrics.json").write_text(json.dumps(run_alone(settings, folder)))
+        (folder / "found.json").write_text(json.dumps(run_alone(settings, folder)))
         return
     started, new = time.perf_counter(), 0
     if options.show:

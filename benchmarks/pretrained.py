@@ -13,8 +13,8 @@ last number right (lenient), is it a number and nothing else, right or not (form
 
 Where TRL is not the same: its warm-up begins at 0, so its first step moves nothing; its passes have 32 completions,
 ours what fits; its advantages are smaller by 1.07 (both gradients are clipped to norm 1); its AdamW has fp32 moments,
-ours 8 bits (with --dtype bfloat16 it trains fp32 weights under autocast). In prompts that begin alike, with short
-answers, ours has an advantage that other tasks do not give.
+ours 8 bits (with --dtype bfloat16, not yet run, it trains fp32 weights under autocast). In prompts that begin alike,
+with short answers, ours has an advantage that other tasks do not give.
 
 Every finished run is a line of the results file; our runs go on where they were stopped, TRL's begins anew. Seconds are
 those of the steps, without evaluation and checkpoints. A changed setting is another run, and never mixed with others.
@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,10 +32,11 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.frontier import distance, given_in, interval, read_results
+from benchmarks.frontier import append, distance, given_in, interval, read_results, run_apart
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIG = PROJECT / "benchmarks" / "pretrained.yaml"
@@ -171,6 +171,7 @@ def prompts_in_order(config, tokenizer) -> list[dict[str, str]]:
 
 def train_trl(settings: dict, folder: Path, base: str) -> dict:
     """The same through TRL: a completion ends with the token of a line's end, which it takes for its end token."""
+    import torch
     import transformers
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -201,7 +202,7 @@ def train_trl(settings: dict, folder: Path, base: str) -> dict:
         temperature=1.0,
         gradient_checkpointing=False,
         bf16=settings["dtype"] == "bfloat16",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),  # as ours
         shuffle_dataset=False,
         seed=training.random_seed,
         report_to=[],
@@ -267,32 +268,12 @@ def like(line: str, settings: dict, model: str) -> str:
 
 
 def take(line: str, settings: dict, options) -> dict:
-    """One run in a process of its own, and its line in the results file."""
-    name = fingerprint(settings, options.model)
-    folder = options.results.parent / "pretrained" / f"{line}-{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.pretrained", "--model", options.model,
-               "--alone", line, json.dumps(settings), str(folder)]  # fmt: skip
-    with (folder / "log").open("a") as log:
-        code = subprocess.run(
-            command,
-            cwd=PROJECT,
-            env={**os.environ, "OMP_NUM_THREADS": str(settings["threads"])},
-            stdout=log,
-            stderr=log,
-        ).returncode
-    if code:
-        raise SystemExit(f"{line} ended with {code}; see {folder / 'log'}; the same command goes on")
-    found = json.loads((folder / "found.json").read_text())
-    row = {
-        "run": f"{line}-{name}",
-        "line": line,
-        "like": like(line, settings, options.model),
-        "settings": settings,
-        **found,
-    }
-    with options.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """One run, and its line in the results file."""
+    name = f"{line}-{fingerprint(settings, options.model)}"
+    words = ["--model", options.model, "--alone", line, json.dumps(settings)]
+    found = run_apart("pretrained", words, options.results.parent / "pretrained" / name, settings["threads"], line)
+    row = {"run": name, "line": line, "like": like(line, settings, options.model), "settings": settings, **found}
+    append(row, options.results)
     print(f"{line}: greedy {found['metrics']['greedy']:.1%}", file=sys.stderr)
     return row
 
@@ -406,6 +387,8 @@ def main() -> None:
     if options.samples < 8:
         parser.error("--samples must be at least 8, for pass@8 and majority@8")
     if options.convert:
+        if find_spec("gguf") is None:
+            raise SystemExit("the package gguf is not installed: run with `uv run --with gguf`")
         return convert(*map(Path, options.convert))
     if options.alone:
         line, settings, folder = options.alone[0], json.loads(options.alone[1]), Path(options.alone[2])
@@ -420,6 +403,10 @@ def main() -> None:
         if options.quick:
             options.seeds, options.steps, options.problems, options.samples = 1, 2, 4, 8
             options.dtype, options.lines = "float32", ["ours", "lora"]
+        if not Path(options.model).is_dir():
+            raise SystemExit(f"{options.model} is not a folder; --convert makes the model's")
+        if "trl" in options.lines and find_spec("trl") is None:
+            raise SystemExit("TRL is not installed: run with `uv run --group benchmarks`, or --lines ours lora")
         output = PROJECT / "benchmarks" / "output"
         options.results = (options.results or output / f"pretrained{'_quick' * options.quick}.jsonl").resolve()
         rows = sweep(options)

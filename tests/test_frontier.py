@@ -92,8 +92,7 @@ def sweep(monkeypatch, capsys, tmp_path):
             metrics = dict.fromkeys(frontier.AXES, 0.5 + 0.01 * len(taken))
             row = {"run": frontier.fingerprint(settings), "line": line, "point": label, "metrics": metrics,
                    "seed": settings["training"]["random_seed"], "settings": settings}  # fmt: skip
-            with results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            frontier.append(row, results)
             return row
 
         monkeypatch.setattr(frontier, "take", take)

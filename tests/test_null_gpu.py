@@ -35,7 +35,7 @@ def found(tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_decode_step_and_an_update_launch_few_kernels_and_wait_for_nothing(found):
+def test_a_decode_step_an_update_and_the_plan_of_memory_keep_to_their_budgets(found):
     """Qwen2.5-0.5B's shape with 4 of its layers; more layers have as many each (29 in a decode step).
 
     And the plan of 0.5b as shipped, against what torch's allocator gives out for the longest pass and its step.

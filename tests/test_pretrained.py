@@ -108,8 +108,7 @@ def sweep(monkeypatch, capsys, tmp_path):
                    "like": pretrained.like(line, settings, MODEL), "metrics": metrics}  # fmt: skip
             if line != "base":
                 row |= {"seconds": [1.0] * 12, "accuracy": [0.5] * 12, "curve": {}}
-            with options.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            pretrained.append(row, options.results)
             return row
 
         monkeypatch.setattr(pretrained, "take", take)
@@ -126,10 +125,13 @@ def sweep(monkeypatch, capsys, tmp_path):
     return go
 
 
-def test_a_sweep_that_is_stopped_goes_on(sweep, tmp_path):
+def test_a_sweep_that_is_stopped_goes_on(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "gguf" else name)
     whole = ["base", "ours 0", "trl 0", "ours 1", "ours 2", "lora 0"]
     document, first = sweep("--model", MODEL, fails=3)
     assert document is None and first == whole[:3]
+    with (tmp_path / "r.jsonl").open("a") as file:
+        file.write('{"run": "cut o')  # killed while it wrote
     document, later = sweep("--model", MODEL)
     assert later == whole[3:] and len(document["runs"]) == 6
     assert sweep("--model", MODEL)[1] == [] and (tmp_path / "r.png").stat().st_size > 5_000
@@ -137,7 +139,11 @@ def test_a_sweep_that_is_stopped_goes_on(sweep, tmp_path):
     shown, taken = sweep("--show", str(tmp_path / "r.jsonl"))
     assert taken == [] and [row["line"] for row in shown["runs"]] == ["base", *["ours"] * 3, "trl", "lora"]
     assert shown["runs"][1]["metrics"]["greedy"] == 0.1, "the newest of ours, not those of 150 steps too"
-    assert sweep("--show", str(tmp_path / "none.jsonl")) == sweep() == (None, [])
+    for words in ((), ("--show", str(tmp_path / "none.jsonl")), ("--model", "models/none"),
+                  ("--model", MODEL, "--samples", "4"), ("--convert", "a.whl", "folder")):  # fmt: skip
+        assert sweep(*words) == (None, [])
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)  # TRL is not there
+    assert sweep("--model", MODEL, "--seeds", "4") == (None, [])
 
 
 def test_what_is_committed_is_of_todays_lines():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks import gpu_first
+from benchmarks.rollout import SHAPES
 from src.engine import cuda_decoding, lighter
 from src.engine.decoding import cache_shape
 from src.engine.packing import apart, pack
@@ -22,7 +23,7 @@ from src.engine.plan import memory_plan, of_update
 from src.engine.sampler import SYNC_EVERY, SlotDecoder
 from src.engine.token_choice import SamplingSettings
 
-LAYERS = 4
+SHAPE, LAYERS = "qwen2.5-0.5b", 4
 GPU = ctypes.CDLL(None)
 GPU.nullgpu_kernels.restype = ctypes.c_uint64
 waits: Counter[str] = Counter()
@@ -47,18 +48,6 @@ class Watch:
         self.kernels, self.waits = int(GPU.nullgpu_kernels()), sum(waits.values())
 
 
-def engine(options, shape: str, layers: int | None, **training):
-    """An engine with a model of this shape, of fewer layers where that suffices; nothing it holds means anything."""
-    from benchmarks.rollout import SHAPES
-
-    config = SHAPES[shape]
-    kept = config.num_hidden_layers
-    config.num_hidden_layers = layers or kept
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * config.num_hidden_layers
-    return gpu_first.engine_of(options, shape, {}, **training)
-
-
 def decode(made, slots: int = 16) -> dict:
     """A decode step of the one layout or the other: its kernels, and whether it can be captured."""
     settings = SamplingSettings(64, 1.0, slots, (), seed=1)
@@ -69,9 +58,8 @@ def decode(made, slots: int = 16) -> dict:
             cuda_decoding.own_stream(made.model.device),
             patch.object(cuda_decoding, "HALF", cuda_decoding.HALF if half is None else half),
         ):
-            with Watch() as begun:
-                decoder = SlotDecoder(made.model, None, gpu_first.problems_of(2, 40), 8, slots, settings)
-                decoder.start(torch.arange(slots, device=made.model.device))
+            decoder = SlotDecoder(made.model, None, gpu_first.problems_of(2, 40), 8, slots, settings)
+            decoder.start(torch.arange(slots, device=made.model.device))
             decoder.attention.arrange(np.arange(slots) // 8, np.full(slots, 4), np.zeros(slots, bool))
             decoder.attention.begin_block(SYNC_EVERY)
             decoder.step()
@@ -79,7 +67,7 @@ def decode(made, slots: int = 16) -> dict:
                 decoder.step()
             graph = decoder.runner.capture(decoder.step)
         found[name] = {"layout": type(decoder.attention).__name__, "kernels": step.kernels, "waits": step.waits,
-                       "captured": graph is not None, "prefill": begun.kernels}  # fmt: skip
+                       "captured": graph is not None}  # fmt: skip
     return found
 
 
@@ -104,7 +92,7 @@ def peak(options) -> dict:
     """The longest pass of the shipped config of 0.5b, twice, and what was planned."""
     sizes = {"batch_size": 256, "num_questions_per_batch": 16, "max_prompt_len": 256, "max_gen_len": 1024}
     rooms = {"max_tokens_per_microbatch": 16384, "inference_batch_size": 256}
-    made = engine(options, "qwen2.5-0.5b", None, loss_type="kl", beta=0.04, **sizes, **rooms)
+    made = gpu_first.engine_of(options, SHAPE, loss_type="kl", beta=0.04, **sizes, **rooms)
     planned = of_update(memory_plan(made.config, made.model, made.anchor))
     batch = made.limit.cut(made.longest_groups(), False)[0]
     gpu_first.peak_gib(options)
@@ -120,7 +108,8 @@ def main() -> None:
     torch.testing.assert_close = lambda *_, **__: None  # what is compared is not computed
     lighter.gives_the_same = lambda *_: True
     found = {"peak": peak(options)}
-    made = engine(options, "qwen2.5-0.5b", LAYERS)  # after the whole one: the shape is changed for it
+    SHAPES[SHAPE].num_hidden_layers, SHAPES[SHAPE].layer_types = LAYERS, SHAPES[SHAPE].layer_types[:LAYERS]
+    made = gpu_first.engine_of(options, SHAPE)
     assert cache_shape(made.model)[0] == LAYERS
     print(json.dumps(found | {"decode": decode(made), "update": update(made)}), flush=True)
     os._exit(0)  # what was not computed would fail as it is taken apart
