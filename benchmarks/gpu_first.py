@@ -31,7 +31,13 @@ LIMITS = {  # seconds of a stage
     "step": 100, "generate": 100, "train": 290,
 }  # fmt: skip
 IN_ALL = [name for name in LIMITS if name != "train"]
-TESTS = ["test_gpu.py", "test_optim.py", "test_reference.py", "test_profiling.py"]  # those that a bare machine has
+TESTS = [
+    "test_gpu.py",
+    "test_layers.py",
+    "test_optim.py",
+    "test_reference.py",
+    "test_profiling.py",
+]  # those that a bare machine has
 
 
 def note(options, **values) -> None:

@@ -15,6 +15,9 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, also by the processes that tests start
 
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU then, by NumPy
+
 # a bare machine with a GPU has torch and transformers: what needs more is left out there, and the rest still runs
 NEEDS = {"test_lora.py": "peft", "test_sinkhorn.py": "ot"}
 collect_ignore = [file for file, package in NEEDS.items() if find_spec(package) is None]

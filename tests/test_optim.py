@@ -1,6 +1,8 @@
 """MemoryEfficientAdamW against torch's AdamW: exact where it must be, unbiased where it rounds, 7 bytes a parameter."""
 
+import logging
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from src.engine import MemoryEfficientAdamW
+from src.engine import MemoryEfficientAdamW, kernels, optim
 from src.engine.optim import build_optimizer
-from src.engine.optim_chunks import CHUNK_ELEMENTS
+from src.engine.optim_chunks import CHUNK_ELEMENTS, coefficients
 from src.engine.optim_codes import BLOCK, decode_8bit, decode_master, decoded, encode_8bit, encode_master, encoded
 
 FORMATS = {f"{m}/{s}": dict(master_bits=m, state_bits=s) for m in (24, 32) for s in (8, 16, 32)}
@@ -557,6 +559,7 @@ def test_build_optimizer(dtype, memory_efficient, grouped):
 @every_format
 def test_cuda_offload_equals_cuda_and_agrees_with_the_cpu(monkeypatch, bits):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cuda", 8 * BLOCK)
+    monkeypatch.setattr(optim, "STAGED_ELEMENTS", 8 * BLOCK)
     results = []
     for device, offload in (("cpu", False), ("cuda", False), ("cuda", True)):
         torch.manual_seed(0)
@@ -572,6 +575,119 @@ def test_cuda_offload_equals_cuda_and_agrees_with_the_cpu(monkeypatch, bits):
     assert same_bits(results[1], results[2])
     for cpu, cuda in zip(results[0], results[1], strict=True):
         torch.testing.assert_close(cpu, cuda, rtol=0.02, atol=0.02)
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton comes with torch's CUDA build")
+KERNELS = "cuda" if torch.cuda.is_available() else "cpu"  # where it runs: on a CPU, interpreted
+
+
+def step_by_step(weights, gradients, momenta, variances, _, counts, *, lr, beta1, beta2, weight_decay, eps, **options):
+    """torch's fused AdamW with every operation rounded by itself, and correctly."""
+    for weight, gradient, m, v, count in zip(weights, gradients, momenta, variances, counts, strict=True):
+        size, root = coefficients({"betas": (beta1, beta2), "lr": lr}, count[None])[0]
+        weight.mul_(1 - lr * weight_decay)
+        m.add_((gradient - m) * (1 - beta1))
+        v.copy_(v * beta2 + gradient * (1 - beta2) * gradient)
+        weight.sub_(size * m / (v.double().sqrt().float() / root + eps))
+
+
+@pytest.mark.gpu
+@needs_triton
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_steps_as_the_plain_path_to_the_bit(dtype, bits, monkeypatch):
+    """Also where pieces are cut, staged, without a gradient, silent or loud, and from one way to the other and back."""
+    monkeypatch.setattr(torch, "_fused_adamw_", step_by_step)
+    monkeypatch.setattr(torch.Tensor, "sqrt_", lambda x: x.copy_(x.double().sqrt()))  # MKL's is not that of a GPU
+    results = []
+    for way, staged, chunk_elements in (("plain", False, None), ("kernel", False, None), ("both", True, 5 * BLOCK)):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(one.detach().to(KERNELS)) for one in make_parameters(dtype)]
+        optimizer = MemoryEfficientAdamW(parameters, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95), **bits)
+        optimizer.chunk_elements = chunk_elements
+        optimizer.shards[0][0].staged = staged
+        generator = torch.Generator().manual_seed(1)
+        for step in range(6):
+            optimizer.has_kernel = way == "kernel" or (way == "both" and step % 3 > 0)
+            for index, parameter in enumerate(parameters):
+                scale = 10.0 ** torch.randint(-9, 4, parameter.shape, generator=generator) * (step != 3)
+                gradient = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
+                parameter.grad = None if (step, index) == (2, 1) else gradient
+            optimizer.step()
+        results.append(parameters + [value for p in parameters for value in optimizer.state[p].values()])
+    for result in results[1:]:
+        assert same_bits(result, results[0])
+    assert not same_bits(parameters, [one.to(KERNELS) for one in make_parameters(dtype)])
+
+
+@pytest.mark.gpu
+@needs_triton
+@every_format
+def test_with_torchs_own_arithmetic_only_the_last_bit_of_a_master_may_differ(bits):
+    ours = []
+    for has_kernel in (False, True):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(one.detach().to(KERNELS)) for one in make_parameters(scale=1.0)]
+        optimizer = MemoryEfficientAdamW(parameters, lr=1e-2, weight_decay=0.1, **bits)
+        optimizer.has_kernel = has_kernel
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+            optimizer.step()
+        ours.append(optimizer.master_weights())
+    unit = 2.0**-14 if bits["master_bits"] == 24 else 2.0**-22  # of a master, and its rounding with it
+    for plain, fused in zip(*ours, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=unit, atol=2e-4 if bits["state_bits"] < 32 else 1e-7)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, math.nan])
+def test_the_kernel_keeps_what_is_finite_and_shows_what_is_not(scale):
+    parameter = nn.Parameter(torch.ones(3, 100, dtype=torch.bfloat16, device=KERNELS))
+    optimizer = MemoryEfficientAdamW([parameter], lr=1e-3)
+    optimizer.has_kernel = True
+    for _ in range(3):
+        parameter.grad = torch.randn_like(parameter) * scale
+        optimizer.step()
+    assert bool(parameter.isnan().all()) if math.isnan(scale) else bool(parameter.isfinite().all())
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("fault", [None, "no compiler", "another rate"])
+def test_the_kernel_is_taken_where_its_trial_succeeds(fault, monkeypatch, caplog):
+    from src.engine import optim_kernel
+
+    def broken(bits, factors, *rest):
+        if fault == "no compiler":
+            raise RuntimeError("failed to find a C compiler\nin many lines")
+        optim_kernel.plain(bits, factors * 1.2, *rest)
+
+    if fault:
+        monkeypatch.setattr(optim_kernel, "plain", optim_kernel.step_chunk, raising=False)
+        monkeypatch.setattr(optim_kernel, "step_chunk", broken)
+    optim.kernel_works.cache_clear()
+    monkeypatch.setattr(kernels, "KERNELS_ON", (KERNELS,))
+    parameters = [nn.Parameter(one.detach().to(KERNELS)) for one in make_parameters()]
+    optimizer = MemoryEfficientAdamW(parameters, lr=1e-2)
+    with caplog.at_level(logging.WARNING, "grpo"):
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    optim.kernel_works.cache_clear()
+    assert optimizer.workspaces[parameters[0].device].has_scratch == bool(fault)
+    assert len(caplog.records) == bool(fault) and "many lines" not in caplog.text
+    if fault:
+        assert "the optimizer steps without Triton's kernel" in caplog.text
+
+
+# --- several processes --------------------------------------------------------------------------------------------
 
 
 def test_8_bit_moments_survive_decoding_for_another_number_of_processes():

@@ -10,6 +10,7 @@ from src.engine.cpu_weights import X86, has_products
 from src.engine.distributed import from_main, world
 from src.engine.lighter import lighten
 from src.engine.models import check_compiler, compile_layers, load_model, resolve_device, resolve_model_path
+from src.engine.operations import put_side_by_side
 from src.engine.optim import build_optimizer
 from src.engine.reference import StreamedReference
 from src.engine.sharding import shard
@@ -64,6 +65,7 @@ def load_for(device: torch.device, config: Config, place: torch.device):
     model = load_model(config, place)
     if device.type in LIGHT_ON:
         lighten(model)
+        put_side_by_side(model)
     return model
 
 

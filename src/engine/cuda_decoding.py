@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention, cache_shape
+from src.engine.kernels import works
 from src.engine.memory import causes, out_of_memory
 
 logger = logging.getLogger("grpo")
@@ -30,27 +31,29 @@ class PaddedAttention(JoinedAttention):
 
     width_step = 256
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D].
+    def read(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """query [n, Hkv, R, D] -> [n, 1, H, D].
 
         By plain products: scaled_dot_product_attention would take cuDNN's kernel here, which plans anew for each shape.
         """
-        n, kv_heads = key.shape[:2]
-        keys, values = self.store(layer, key, value)
-        query = (query * scaling).reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
-        weights = (query @ keys.transpose(-1, -2) + self.mask).softmax(-1, dtype=torch.float32).to(values.dtype)
+        keys, values = self.so_far(layer, len(query))  # [n, Hkv, T, D] each
+        weights = (
+            (query * scaling @ keys.transpose(-1, -2) + self.mask).softmax(-1, dtype=torch.float32).to(values.dtype)
+        )
         return (weights @ values).flatten(1, 2)[:, None]
 
 
-def flash(query: Tensor, keys: Tensor, values: Tensor, offsets, used: Tensor, longest: int, scaling: float) -> Tensor:
-    """query [n, H, D]; row i reads used[i] of the keys and values [tokens, Hkv, D] from its offset on -> [n, H, D].
+def flash(
+    query: Tensor, keys: Tensor, values: Tensor, offsets, queries: int, used: Tensor, longest: int, scaling: float
+) -> Tensor:
+    """query [n * queries, H, D]: row i reads used[i] of the keys and values [tokens, H, D] from its offset on.
 
     offsets: those of the queries and those of the keys, both [n + 1]. torch's varlen_attn is this operator, but hands
     seqused_k on only since 2.12.
     """
     operator = torch.ops.aten._flash_attention_forward
     call = partial(
-        operator, query, keys, values, *offsets, 1, longest, 0.0, False, False, scale=scaling, seqused_k=used
+        operator, query, keys, values, *offsets, queries, longest, 0.0, False, False, scale=scaling, seqused_k=used
     )
     if not FLASH["has_splits"] or all(argument.name != "num_splits" for argument in operator.default._schema.arguments):
         return call()[0]
@@ -79,15 +82,23 @@ class FlashAttention(JoinedAttention):
         self.places = positions.clamp(max=self.width - 1)  # a slot that ended keeps overwriting the last place
         self.slots = torch.arange(len(positions), device=self.device)
         self.used = (self.places + 1).int()  # [n]
-        ends = torch.arange(len(positions) + 1, device=self.device, dtype=torch.int32)  # [n + 1] one query a slot
-        self.offsets = (ends, ends * self.capacity)
+        self.ends = torch.arange(len(positions) + 1, device=self.device, dtype=torch.int32)  # [n + 1]
+        self.key_offsets = self.ends * self.capacity
+        self.query_offsets: Tensor | None = None  # as many queries a slot as heads read the same keys
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
-        self.store(layer, key, value)
+    def read(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """query [n, Hkv, R, D] -> [n, 1, H, D].
+
+        The R heads that read the same keys are as many queries: flash attention would do so itself, in two more copies.
+        """
         keys, values = (part[layer].transpose(1, 2).flatten(0, 1) for part in (self.keys, self.values))  # no copy
-        query = query[:, :, 0].contiguous()  # [n, H, D]
-        return flash(query, keys, values, self.offsets, self.used, self.capacity, scaling)[:, None]
+        n, kv_heads, repeats, dim = query.shape
+        if self.query_offsets is None:
+            self.query_offsets = self.ends * repeats  # once for all layers
+        offsets = (self.query_offsets, self.key_offsets)
+        query = query.transpose(1, 2).reshape(n * repeats, kv_heads, dim)
+        output = flash(query, keys, values, offsets, repeats, self.used, self.capacity, scaling)  # [n * R, Hkv, D]
+        return output.view(n, 1, repeats, kv_heads, dim).transpose(2, 3).flatten(2, 3)
 
 
 @cache
@@ -103,24 +114,23 @@ def flash_works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     rows, positions = torch.tensor([0, 1, 1], device=device), lengths + torch.tensor([40, 3, 3], device=device)
     query, key, value = draw(3, heads, 1, head_dim), draw(3, kv_heads, 1, head_dim), draw(3, kv_heads, 1, head_dim)
     own = draw(3, kv_heads, 300, head_dim)
-    outputs = []
-    try:
-        for layout in (PaddedAttention, FlashAttention):
-            attention = layout(prompt, 3, 300)
-            attention.start(torch.arange(3, device=device), rows)
-            for part in (attention.keys[0], attention.values[0]):
-                part[:, :, 40:] = own
-            attention.arrange(rows.cpu().numpy(), lengths.cpu().numpy(), np.zeros(3, dtype=bool))
-            attention.begin_block(1)
-            attention.begin_step(lengths, positions)
-            outputs.append(attention.attend(0, query, key, value, head_dim**-0.5).float())
-        worst = float((outputs[1] - outputs[0]).abs().max())
-        reason = "" if worst < 0.05 else f"wrong by {worst:.2g}"  # NaN is wrong too
-    except (RuntimeError, TypeError) as error:  # TypeError: another signature
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    if reason:
-        logger.warning(f"decoding without flash attention, which is slower: its trial failed ({reason})")
-    return not reason
+
+    def output(layout: type[JoinedAttention]) -> Tensor:
+        attention = layout(prompt, 3, 300)
+        attention.start(torch.arange(3, device=device), rows)
+        for part in (attention.keys[0], attention.values[0]):
+            part[:, :, 40:] = own
+        attention.arrange(rows.cpu().numpy(), lengths.cpu().numpy(), np.zeros(3, dtype=bool))
+        attention.begin_block(1)
+        attention.begin_step(lengths, positions)
+        return attention.attend(0, query, key, value, head_dim**-0.5).float()
+
+    def trial() -> None:
+        worst = float((output(FlashAttention) - output(PaddedAttention)).abs().max())
+        if not worst < 0.05:  # NaN is wrong too
+            raise ValueError(f"wrong by {worst:.2g}")
+
+    return works("decoding without flash attention", trial)
 
 
 def layout_for(model) -> type[GroupedAttention] | type[JoinedAttention]:

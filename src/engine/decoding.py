@@ -203,18 +203,19 @@ class JoinedAttention(SlotCache):
         hidden = torch.arange(self.width, device=self.device)[None] > self.places[:, None]  # [n, T]
         self.mask = as_mask(hidden, self.dtype)
 
-    def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write key and value [n, Hkv, 1, D] of this step; those of all places up to here, [n, Hkv, T, D]."""
-        n = len(key)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [n, H, 1, D], key and value [n, Hkv, 1, D] of this step, which are written down -> [n, 1, H, D]."""
         place = (self.slots, slice(None), self.places)
         self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
-        return self.keys[layer][:n, :, : self.width], self.values[layer][:n, :, : self.width]
+        return self.read(layer, query.unflatten(1, (key.shape[1], -1))[:, :, :, 0], scaling)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
-        n, kv_heads = key.shape[:2]
-        keys, values = self.store(layer, key, value)
-        query = query.reshape(n, kv_heads, -1, query.shape[-1])  # [n, Hkv, R, D]
+    def so_far(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all places up to here, [n, Hkv, T, D]."""
+        return self.keys[layer][:rows, :, : self.width], self.values[layer][:rows, :, : self.width]
+
+    def read(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """query [n, Hkv, R, D] -> [n, 1, H, D]."""
+        keys, values = self.so_far(layer, len(query))
         output = scaled_dot_product_attention(query, keys, values, self.mask, scale=scaling)  # [n, Hkv, R, D]
         return output.flatten(1, 2)[:, None]
 

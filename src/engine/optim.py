@@ -21,26 +21,32 @@ by 2-7% at beta2 = 0.99 and 5-13% at 0.999 for elements within a tenth of their 
 Left out: amsgrad, maximize, sparse gradients, fp16 parameters, capturing the step in a CUDA graph.
 """
 
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from src.engine.optim_chunks import CHUNK_ELEMENTS, Chunk, Shard, Workspace
+from src.engine.kernels import wanted, works
+from src.engine.optim_chunks import (
+    CHUNK_ELEMENTS,
+    STAGED_ELEMENTS,
+    Shard,
+    Workspace,
+    coefficients,
+    step_chunk,
+    streamed,
+)
 from src.engine.optim_codes import (
     BLOCK,
-    decode_8bit,
     decode_master,
     decoded,
-    encode_8bit,
-    encode_bf16,
-    encode_master,
     encoded,
-    ratio_limit,
 )
 from src.engine.sharding import like, local
+
+TRIAL_RATE = 0.01
 
 
 def placed_like(parameter: DTensor, state: Tensor) -> Tensor:
@@ -89,6 +95,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         self.shards: list[list[Shard]] = []  # one list a parameter group
         self.workspaces: dict[torch.device, Workspace] = {}
         self.chunk_elements: int | None = None  # None: CHUNK_ELEMENTS; results do not depend on it
+        self.has_kernel: bool | None = None  # None: where it works
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, updates=0))
 
     def add_param_group(self, param_group) -> None:
@@ -140,10 +147,13 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_shard(self, group: dict, shard: Shard) -> None:
+        bits = self.master_bits if shard.dtype == torch.bfloat16 else 0  # 0: a weight is its own master
+        kernel = self.kernel_for(shard.device, bits)
+        room = CHUNK_ELEMENTS[shard.device.type] if kernel is None else STAGED_ELEMENTS if shard.staged else shard.total
+        size = min(self.chunk_elements or room, shard.total)
         work = self.workspaces.get(shard.device)
-        size = min(self.chunk_elements or CHUNK_ELEMENTS[shard.device.type], shard.total)
-        if work is None or work.size < size:
-            work = self.workspaces[shard.device] = Workspace(shard.device, size)
+        if work is None or work.size < size or work.has_scratch == bool(kernel):
+            work = self.workspaces[shard.device] = Workspace(shard.device, size, has_scratch=kernel is None)
         # An address is 0 without a gradient; it changes when someone assigns `parameter.data`.
         gradients = {i: local(one.grad).reshape(-1) for i, one in enumerate(shard.owners) if one.grad is not None}
         shard.parameters = [local(owner) for owner in shard.owners]
@@ -154,8 +164,15 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
             return
         shard.steps.add_(shard.active)
         work.advance(group["updates"])
+        step = step_chunk if kernel is None else partial(kernel, bits, coefficients(group, shard.steps))
         for chunk in streamed(shard.chunks, work.copier) if shard.staged else shard.chunks:
-            step_chunk(group, chunk, [gradients[index][first:last] for index, first, last in chunk.pieces])
+            step(group, chunk, [gradients[index][first:last] for index, first, last in chunk.pieces])
+
+    def kernel_for(self, device: torch.device, bits: int) -> Callable | None:
+        """What steps a chunk there in place of `step_chunk`, where it works."""
+        if self.has_kernel is None:  # not yet given
+            return kernel() if wanted(device) and kernel_works(device, bits, self.state_bits) else None
+        return kernel() if self.has_kernel else None
 
     def state_dict(self):
         """torch's form: tensors and plain numbers. The tensors are views of the states, not copies.
@@ -225,84 +242,31 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                 work.copier.synchronize()
 
 
-def streamed(chunks: list[Chunk], copier: "torch.cuda.Stream | None"):
-    """Yield chunks whose states live in host memory, fetching the next one's while one is being stepped.
+def kernel() -> Callable:
+    """A chunk's step in one kernel a parameter."""
+    from src.engine.optim_kernel import step_chunk  # here, because only torch's CUDA build brings triton
 
-    All copies run in order on one side stream, so a staging buffer is refilled only after its store has left it.
-    (Without a stream, as on the CPU of the tests, the same copies run in the same order.)
-    """
-    compute: Any = torch.cuda.current_stream(copier.device) if copier else None
-
-    def copy(pairs) -> "torch.cuda.Event | None":
-        with torch.cuda.stream(copier) if copier else nullcontext():
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-            return copier.record_event() if copier else None
-
-    def fetch(chunk: Chunk) -> "torch.cuda.Event | None":
-        return copy((chunk.states[name], home) for name, home in chunk.home.items())
-
-    if copier:
-        copier.wait_stream(compute)
-    arrived = fetch(chunks[0])
-    for index, chunk in enumerate(chunks):
-        if copier:
-            compute.wait_event(arrived)
-        if index + 1 < len(chunks):
-            arrived = fetch(chunks[index + 1])
-        yield chunk
-        if copier:
-            copier.wait_stream(compute)
-        copy((home, chunk.states[name]) for name, home in chunk.home.items())
-    if copier:
-        compute.wait_stream(copier)  # so that whatever follows on the main stream may free or reuse the buffers
+    return step_chunk
 
 
-def step_chunk(group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
-    """Decode, step, encode. gradients: one flat [k] for each piece of a parameter."""
-    states, weights, (beta1, beta2) = chunk.states, chunk.weights, group["betas"]
-    if "correction" in states:
-        torch._foreach_copy_(chunk.bits_pieces, chunk.weights)
-        decode_master(states["correction"], chunk.bits)
-        torch._foreach_copy_(chunk.gradient_pieces, gradients)
-        weights, gradients = chunk.master_pieces, chunk.gradient_pieces
-    if "momentum_scale" in states:
-        decode_8bit(states, chunk.momentum, chunk.variance)
-    elif chunk.momentum is not states["momentum"]:
-        chunk.momentum.copy_(states["momentum"])
-        chunk.variance.copy_(states["variance"])
-    torch._fused_adamw_(
-        weights,
-        gradients,
-        chunk.momentum_pieces,
-        chunk.variance_pieces,
-        [],
-        chunk.steps,
-        lr=float(group["lr"]),
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
-    if "correction" in states:
-        encode_master(states["correction"], chunk.bits, chunk.dither_master)
-        torch._foreach_copy_(chunk.weights, chunk.bits_pieces)
-    if "momentum_scale" in states:
-        if chunk.tails:
-            torch._foreach_zero_(chunk.tails)  # a block's unused end must not hold up its scale
-        encode_8bit(
-            states,
-            chunk.momentum,
-            chunk.variance,
-            (chunk.master, chunk.gradient),
-            (chunk.dither_variance, chunk.dither_momentum),
-            ratio_limit(beta1, beta2),
-        )
-    elif chunk.momentum is not states["momentum"]:
-        encode_bf16(states["momentum"], chunk.momentum, chunk.dither_momentum)
-        encode_bf16(states["variance"], chunk.variance, chunk.dither_variance)
+@cache
+def kernel_works(device: torch.device, bits: int, state_bits: int) -> bool:
+    """Whether it steps as `step_chunk` does, on random numbers."""
+
+    def trial() -> None:
+        start, *gradients = torch.randn(4, 5, 61, generator=torch.Generator().manual_seed(0)).to(device)  # [5, 61] each
+        masters = []
+        for has_kernel in (False, True):
+            parameter = torch.nn.Parameter(start.bfloat16() if bits else start.clone())
+            optimizer = MemoryEfficientAdamW([parameter], TRIAL_RATE, master_bits=bits or 32, state_bits=state_bits)
+            optimizer.has_kernel = has_kernel
+            for gradient in gradients:
+                parameter.grad = gradient.to(parameter.dtype)
+                optimizer.step()
+            masters += optimizer.master_weights()
+        torch.testing.assert_close(masters[1], masters[0], atol=0.05 * TRIAL_RATE, rtol=1e-4)
+
+    return works("the optimizer steps without Triton's kernel", trial)
 
 
 def check_group(group: dict) -> None:

@@ -24,11 +24,13 @@ from src.engine.cpu_weights import in_order_of_the_processor
 from src.engine.cuda_decoding import StepRunner, layout_for, own_stream, uses_graphs
 from src.engine.decoding import FEW, GroupedAttention, JoinedAttention, cache_shape, join
 from src.engine.ending import PLAIN, cut_episodes
+from src.engine.kernels import token_chooser
+from src.engine.layers import layers_for
 from src.engine.memory import free_memory, give_back
 from src.engine.prefill import prefill
 from src.engine.profiling import phase
 from src.engine.scoring import head_logits
-from src.engine.token_choice import SamplingSettings, choose_tokens, episode_key
+from src.engine.token_choice import SamplingSettings, episode_key
 from src.engine.turns import Turns
 from src.records import Episode, Group, Problem
 
@@ -93,6 +95,7 @@ class SlotDecoder:
         self.total = total = len(problems) * samples
         self.rows = min(slots, total)  # the slots that are decoded, the first of them all
         self.attention: GroupedAttention | JoinedAttention = layout_for(model)(prompt, self.rows, settings.width)
+        self.layers, self.choose_tokens = layers_for(model), token_chooser(device, settings)
         self.runner = StepRunner(device)
         episode_keys = [
             episode_key(settings.seed, settings.stream, problem.index, sample + draw * samples)
@@ -122,9 +125,9 @@ class SlotDecoder:
     @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
         """Sample the next token of these slots from hidden [s, hidden] and write it down."""
-        logits = head_logits(self.model, hidden).float()  # [s, V]
+        logits = head_logits(self.model, hidden)  # [s, V]
         episodes, positions = self.episodes[slots], self.lengths[slots]
-        tokens, logprobs = choose_tokens(logits, self.settings, self.episode_keys[episodes], positions)
+        tokens, logprobs = self.choose_tokens(logits, self.settings, self.episode_keys[episodes], positions)
         column = positions.clamp(max=self.settings.width)
         limits: Tensor | int = self.settings.max_new_tokens
         if self.turns is not None:  # before its turn begins an episode reads what it is told
@@ -250,14 +253,7 @@ class SlotDecoder:
         lengths = self.lengths[slots]  # [n]
         positions = self.prompt_lengths[self.episodes[slots] // self.samples] + lengths
         self.attention.begin_step(lengths, positions)
-        hidden = (
-            self.model.get_decoder()(
-                input_ids=self.current[slots, None],
-                position_ids=positions[:, None],
-                use_cache=False,
-                attention_plan=self.attention,
-            ).last_hidden_state[:, 0]  # [n, hidden]
-        )
+        hidden = self.layers(self.model, self.current[slots], positions, self.attention)  # [n, hidden]
         lengths += 1
         self.choose(hidden, slots)
 

@@ -103,6 +103,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids [S] and their log-probs [S], NaN where logits are not finite; fp32 logits [S, V] may be overwritten."""
+    logits = logits.float()
     if settings.temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
