@@ -1,8 +1,12 @@
-"""Runs under LD_PRELOAD=nullgpu.so: prints as JSON what a GPU would be asked to do. See tests/test_null_gpu.py."""
+"""Under LD_PRELOAD=nullgpu.so: what a GPU would be asked to do, as JSON. See tests/test_null_gpu.py.
+
+tests/null_gpu/run.sh python worker.py [SHAPE LAYERS]       # shapes are those of benchmarks/rollout.py
+"""
 
 import ctypes
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -103,14 +107,21 @@ def peak(options) -> dict:
     return {"planned": planned / 2**30, "taken": taken}
 
 
+def nothing_is_compared() -> None:
+    """As nothing is computed."""
+    torch.testing.assert_close = lambda *_, **__: None
+    lighter.gives_the_same = layers.gives_the_same = lambda *_: True
+
+
 def main() -> None:
     options = gpu_first.parse_arguments(["--output", tempfile.mkdtemp()])
-    torch.testing.assert_close = lambda *_, **__: None  # what is compared is not computed
-    lighter.gives_the_same = layers.gives_the_same = lambda *_: True
-    found = {"peak": peak(options)}
-    SHAPES[SHAPE].num_hidden_layers, SHAPES[SHAPE].layer_types = LAYERS, SHAPES[SHAPE].layer_types[:LAYERS]
-    made = gpu_first.engine_of(options, SHAPE)
-    assert cache_shape(made.model)[0] == LAYERS
+    nothing_is_compared()
+    name, depth = sys.argv[1:] or (SHAPE, LAYERS)
+    found = {} if sys.argv[1:] else {"peak": peak(options)}
+    chosen = SHAPES[name]
+    chosen.num_hidden_layers, chosen.layer_types = int(depth), chosen.layer_types[: int(depth)]
+    made = gpu_first.engine_of(options, name)
+    assert cache_shape(made.model)[0] == int(depth)
     print(json.dumps(found | {"decode": decode(made), "update": update(made)}), flush=True)
     os._exit(0)  # what was not computed would fail as it is taken apart
 
