@@ -33,6 +33,7 @@ LIMITS = {  # seconds of a stage
 IN_ALL = [name for name in LIMITS if name != "train"]
 TESTS = [
     "test_gpu.py",
+    "test_kernels.py",
     "test_layers.py",
     "test_optim.py",
     "test_reference.py",

@@ -47,7 +47,8 @@ from transformers.generation.continuous_batching.continuous_api import WorkloadH
 
 from src.engine.attention import ATTENTION_NAME
 from src.engine.packing import pack
-from src.engine.sampler import SYNC_EVERY, SlotDecoder, fit_to_memory, rollout
+from src.engine.room import fit_to_memory
+from src.engine.sampler import SYNC_EVERY, SlotDecoder, rollout
 from src.engine.scoring import score
 from src.engine.token_choice import SamplingSettings
 from src.records import Problem

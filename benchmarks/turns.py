@@ -21,7 +21,8 @@ import src  # noqa: F401  before torch: how its threads wait
 import torch
 
 from benchmarks.rollout import SHAPES, NoText, load
-from src.engine.sampler import SlotDecoder, fit_to_memory
+from src.engine.room import fit_to_memory
+from src.engine.sampler import SlotDecoder
 from src.engine.token_choice import SamplingSettings
 from src.records import Problem, Told
 

@@ -15,7 +15,7 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, also by the processes that tests start
 
-if not Path("/dev/nvidia0").exists():
+if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")):  # dxg: a GPU of Windows
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU then, by NumPy
 
 # a bare machine with a GPU has torch and transformers: what needs more is left out there, and the rest still runs

@@ -18,11 +18,12 @@ from test_sampler import EOS, TOKENIZER, make_prompts, sample, settings, tokens_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src.engine import cuda_decoding, sampler
+from src.engine import cuda_decoding, room, sampler
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention
 from src.engine.packing import pack
-from src.engine.sampler import SlotDecoder, cache_bytes, fit_to_memory
+from src.engine.room import Kept, cache_bytes, fit_to_memory
+from src.engine.sampler import SlotDecoder, rollout
 from src.engine.scoring import score
 from src.engine.upload import packed, unpacked, upload
 
@@ -74,12 +75,12 @@ def flash_stand_in(query, keys, values, offsets, queries, used, longest, scaling
     """
     assert {x.dtype for x in (*offsets, used)} == {torch.int32} and len(offsets[0]) == len(offsets[1]) == len(used) + 1
     assert query.shape[1:] == keys.shape[1:]
-    rows = offsets[0][:-1, None] + torch.arange(queries)  # [n, queries]
+    rows = offsets[0][:-1, None] + torch.arange(queries, device=query.device)  # [n, queries]
     query = query[rows].flatten(1, 2)  # [n, queries * H, D]
-    places = offsets[1][:-1, None] + torch.arange(longest)  # [n, longest]
+    places = offsets[1][:-1, None] + torch.arange(longest, device=query.device)  # [n, longest]
     keys, values = (part[places].repeat(1, 1, queries, 1) for part in (keys, values))  # [n, longest, queries * H, D]
     scores = torch.einsum("nhd,nthd->nht", query, keys) * scaling
-    hidden = torch.arange(longest) >= used[:, None]
+    hidden = torch.arange(longest, device=query.device) >= used[:, None]
     weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
     # what lies behind is not read: NaN there does not matter
     output = torch.einsum("nht,nthd->nhd", weights, values.masked_fill(hidden[:, :, None, None], 0))
@@ -249,6 +250,62 @@ def test_weights_are_used_in_place(monkeypatch, mode):
     fresh = make_pair("llama")[0]
     fresh.load_state_dict(packed.state_dict())
     assert_same(sample(fresh, 2), after)
+
+
+@pytest.mark.parametrize("mode", ["captured", "captured, flash"], indirect=True)
+def test_a_decoder_that_is_kept_gives_what_a_new_one_gives_and_captures_nothing_again(monkeypatch, mode):
+    """Other prompts, fewer of them, another step and other weights; then something that it cannot serve."""
+    packed, _ = make_pair("llama")
+    mode()
+    kept, captures, moved = Kept(), count_calls(monkeypatch, StepRunner, "capture"), []
+    kept.may_stay = True
+
+    def both(problems, samples=3, slots=6, **options):
+        before = len(captures)
+        found = rollout(packed, TOKENIZER, problems, samples, settings(slots, **options), kept=kept)
+        moved.append((len(captures) - before, kept.decoder))
+        assert_same(found, rollout(packed, TOKENIZER, problems, samples, settings(slots, **options)))
+
+    first = make_prompts((14, 9, 1, 6, 6))
+    both(first)
+    both(make_prompts((3, 7, 14, 2, 5)), stream=4)
+    with torch.no_grad():
+        for parameter in packed.parameters():
+            parameter.mul_(1.1)
+    both(make_prompts((5, 9, 3)), stream=5)
+    decoder = kept.decoder
+    assert moved[0][0] > 2 and all(one is decoder for _, one in moved)
+    assert sum(count for count, _ in moved) == len(decoder.runner.graphs), "no size is captured twice"
+    assert sum(count for count, _ in moved[1:]) < len(captures) // 3
+    for change in ({"temperature": 0.5}, {"new": 20}, {"samples": 2}, {"problems": make_prompts((15, 2))}):
+        both(**({"problems": first} | change))
+        assert kept.decoder is not decoder
+        decoder = kept.decoder
+    packed.model.layers[0].mlp.up_proj.weight.data = packed.model.layers[0].mlp.up_proj.weight.data.clone()
+    both(make_prompts((15, 2)))  # a graph would read the old address
+    assert kept.decoder is not decoder
+
+
+def test_a_rollout_that_fails_keeps_nothing_and_neither_does_one_without_graphs(monkeypatch):
+    packed, _ = make_pair("llama")
+    kept = Kept()
+    kept.may_stay = True
+    rollout(packed, TOKENIZER, make_prompts(), 3, settings(6), kept=kept)
+    assert kept.decoder is None  # on a CPU there is nothing to save
+    monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(StepRunner, "capture", record)
+    rollout(packed, TOKENIZER, make_prompts(), 3, settings(6), kept=kept)
+    assert kept.decoder is not None and not hasattr(kept.decoder, "prompt_hidden")
+    assert kept.decoder.attention.prompt_keys is None  # of the prompts nothing is kept
+    alive = weakref.ref(kept.decoder)
+
+    def stop(share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rollout(packed, TOKENIZER, make_prompts(), 3, settings(6), stop, kept=kept)
+    gc.collect()
+    assert kept.decoder is None and alive() is None
 
 
 def test_there_are_few_sizes_of_captured_steps(monkeypatch):
@@ -450,7 +507,7 @@ def test_the_caches_take_what_was_reckoned_and_are_freed_at_once(monkeypatch, gr
         logits = 2 * 8 * SHAPE["vocab_size"]
         assert sum(part.nbytes for part in attention.keys + attention.values) == 12 * (slot - logits)
         assert attention.prompt_keys.nbytes + attention.prompt_values.nbytes == 3 * prompt
-    monkeypatch.setattr(sampler, "free_memory", lambda device: (5 * slot + 2 * prompt) / sampler.MEMORY_SHARE)
+    monkeypatch.setattr(room, "free_memory", lambda device: (5 * slot + 2 * prompt) / room.MEMORY_SHARE)
     assert fit_to_memory(packed, problems, 4, settings())[0] in (4, 5)
     freed = weakref.ref(decoder.attention)
     gc.disable()

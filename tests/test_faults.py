@@ -25,9 +25,11 @@ from src.engine import engine as engine_module
 from src.engine import models, plan
 from src.engine.memory import memory_of
 from src.engine.packing import apart, pack
-from src.engine.plan import FEWEST_LOGITS, Limit, limit_of, memory_plan, of_update
+from src.engine.plan import FEWEST_LOGITS, Limit, in_parts_that_fit, limit_of, memory_plan, of_update
+from src.engine.room import Kept
 from src.engine.scoring import CHUNK_ELEMENTS
 from src.prepare import prepare
+from src.records import Episode, Group, Problem
 from src.run import run as run_module
 from src.run import run_folder as run_folder_of
 from src.run.checkpoint import newest_checkpoint
@@ -274,11 +276,11 @@ def test_a_rollout_that_runs_out_of_memory_is_done_again_with_fewer_slots_and_th
     whole = run.engine.sample(problems, 4, stream=1)
     real, tried = engine_module.rollout, []
 
-    def rollout_in(*arguments, room):
+    def rollout_in(*arguments, room, kept):
         tried.append(room)
         if room[0] > 4:
             raise error("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return real(*arguments, room=room)
+        return real(*arguments, room=room, kept=kept)
 
     monkeypatch.setattr(engine_module, "rollout", rollout_in)
     run.engine.drawn.clear()
@@ -288,10 +290,10 @@ def test_a_rollout_that_runs_out_of_memory_is_done_again_with_fewer_slots_and_th
         assert [e.token_ids for e in one.episodes] == [e.token_ids for e in other.episodes]
     run.engine.sample(problems, 4, stream=2)
     assert [room[0] for room in tried[3:]] == [4], "what did not fit once is not tried again"
-    monkeypatch.setattr(engine_module, "rollout", lambda *_, room: (_ for _ in ()).throw(error("out of memory")))
+    monkeypatch.setattr(engine_module, "rollout", lambda *_, room, kept: (_ for _ in ()).throw(error("out of memory")))
     with pytest.raises(ConfigError, match=r"to decode a single completion .*lower training.max_gen_len"):
         run.engine.sample(problems, 4, stream=3)
-    monkeypatch.setattr(engine_module, "rollout", lambda *_, room: (_ for _ in ()).throw(RuntimeError("shapes")))
+    monkeypatch.setattr(engine_module, "rollout", lambda *_, room, kept: (_ for _ in ()).throw(RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
         run.engine.sample(problems, 4, stream=4)
 
@@ -366,6 +368,22 @@ def poison(monkeypatch, steps: set[int]) -> None:
 
     monkeypatch.setattr(train_grpo, "train_step", remembering)
     monkeypatch.setattr(train_grpo, "objective", poisoned)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_when_memory_runs_out_in_the_update_what_is_kept_of_the_rollout_goes_first(error):
+    model, limit, kept, tried = torch.nn.Linear(2, 2), Limit(4, None, 2**24), Kept(), []
+    model.device, kept.decoder, kept.may_stay = torch.device("cpu"), object(), True
+
+    def compute():
+        tried.append((limit.completions, limit.head, kept.decoder is None))
+        if len(tried) < 3:
+            raise error("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return "done"
+
+    groups = [Group(Problem(0, (1,), "", {}), (Episode((1,), (0.0,), True, ""),) * 4)]
+    assert in_parts_that_fit(model, limit, kept, groups, False, compute) == "done"
+    assert tried == [(4, 2**24, False), (4, 2**24, True), (2, 2**23, True)] and not kept.may_stay
 
 
 def test_bad_steps_are_skipped_counted_and_kept_and_in_a_row_stop_the_run_with_a_good_checkpoint(tmp_path, monkeypatch):

@@ -55,5 +55,13 @@ def test_whole_steps_go_on_in_a_card_that_is_too_small_for_the_longest_pass():
     found = on_stand_in("fits.py", "0.5b", "qwen2.5-0.5b", gib=12)
     assert found["card"] == 12 and found["tokens"] < 16384 / 2
     assert found["graphs"] and found["slots"] == [256], "captures go on, and the cache is as large as it should be"
+    assert min(found["captures"]) > 4, "there is no memory for the cache beside an update"
     for step in (1, 2):
         assert 5 < found[f"rollout {step}"][0] < 12 and 8 < found[f"update {step}"][0] < 12, found
+
+
+def test_where_there_is_memory_for_both_a_rollout_captures_what_the_next_one_repeats():
+    found = on_stand_in("fits.py", "0.5b", "qwen2.5-0.5b", gib=40)
+    first, second = found["captures"]
+    assert first > 4 and second == 0 and found["slots"] == [256]
+    assert found["update 2"][0] > found["rollout 1"][0] + 8, "the cache stays beside the update"

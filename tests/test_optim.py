@@ -587,7 +587,7 @@ def step_by_step(weights, gradients, momenta, variances, _, counts, *, lr, beta1
     """torch's fused AdamW with every operation rounded by itself, and correctly."""
     for weight, gradient, m, v, count in zip(weights, gradients, momenta, variances, counts, strict=True):
         size, root = coefficients({"betas": (beta1, beta2), "lr": lr}, count[None])[0]
-        weight.mul_(1 - lr * weight_decay)
+        weight.sub_(weight * (lr * weight_decay))
         m.add_((gradient - m) * (1 - beta1))
         v.copy_(v * beta2 + gradient * (1 - beta2) * gradient)
         weight.sub_(size * m / (v.double().sqrt().float() / root + eps))
@@ -625,7 +625,7 @@ def test_the_kernel_steps_as_the_plain_path_to_the_bit(dtype, bits, monkeypatch)
 @pytest.mark.gpu
 @needs_triton
 @every_format
-def test_with_torchs_own_arithmetic_only_the_last_bit_of_a_master_may_differ(bits):
+def test_with_torchs_own_arithmetic_only_the_last_bits_of_a_master_may_differ(bits):
     ours = []
     for has_kernel in (False, True):
         torch.manual_seed(0)
@@ -638,7 +638,7 @@ def test_with_torchs_own_arithmetic_only_the_last_bit_of_a_master_may_differ(bit
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
             optimizer.step()
         ours.append(optimizer.master_weights())
-    unit = 2.0**-14 if bits["master_bits"] == 24 else 2.0**-22  # of a master, and its rounding with it
+    unit = 2.0**-14 if bits["master_bits"] == 24 else 2.0**-21  # of a master, and its rounding with it
     for plain, fused in zip(*ours, strict=True):
         torch.testing.assert_close(fused, plain, rtol=unit, atol=2e-4 if bits["state_bits"] < 32 else 1e-7)
 
@@ -681,7 +681,7 @@ def test_the_kernel_is_taken_where_its_trial_succeeds(fault, monkeypatch, caplog
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
     optim.kernel_works.cache_clear()
-    assert optimizer.workspaces[parameters[0].device].has_scratch == bool(fault)
+    assert [has_scratch for _, has_scratch in optimizer.workspaces] == [bool(fault)]
     assert len(caplog.records) == bool(fault) and "many lines" not in caplog.text
     if fault:
         assert "the optimizer steps without Triton's kernel" in caplog.text

@@ -15,10 +15,11 @@ from test_packing import SHAPE, make_pair
 
 import benchmarks.rollout
 from src.config import ConfigError
-from src.engine import prefill, sampler
+from src.engine import prefill, room, sampler
 from src.engine.attention import PackedAttention
 from src.engine.memory import free_in_group, free_memory, kept_by_malloc
-from src.engine.sampler import fit_to_memory, rollout
+from src.engine.room import fit_to_memory
+from src.engine.sampler import rollout
 from src.engine.token_choice import GOLDEN, WORD, SamplingSettings, choose_tokens, episode_key, mix64, uniforms
 from src.make_tiny_model import build_tokenizer
 from src.records import Group, Problem
@@ -267,8 +268,8 @@ def test_slots_and_waves_fit_into_the_free_memory(monkeypatch, caplog):
     per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, bytes
     slot, prompt = 64 * per_token + 8 * SHAPE["vocab_size"], 2 * 16 * per_token
 
-    def with_room(room: float) -> tuple[int, int]:
-        monkeypatch.setattr(sampler, "free_memory", lambda device: room / sampler.MEMORY_SHARE + 1)
+    def with_room(size: float) -> tuple[int, int]:
+        monkeypatch.setattr(room, "free_memory", lambda device: size / room.MEMORY_SHARE + 1)
         return fit_to_memory(packed, problems, 4, wanted)
 
     assert with_room(1e12) == (40, 20)
@@ -277,16 +278,16 @@ def test_slots_and_waves_fit_into_the_free_memory(monkeypatch, caplog):
     assert (slots, prompts) == (40, 11)  # fewer prompts at a time first
     assert not caplog.records
     for share in (0.9, 0.5, 0.1):
-        room = share * (40 * slot + 11 * prompt)
+        size = share * (40 * slot + 11 * prompt)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "grpo"):
-            slots, prompts = with_room(room)
-        assert 1 <= slots < 40 and slots * slot + prompts * prompt <= room < (slots + 1) * slot + (prompts + 1) * prompt
+            slots, prompts = with_room(size)
+        assert 1 <= slots < 40 and slots * slot + prompts * prompt <= size < (slots + 1) * slot + (prompts + 1) * prompt
         (record,) = caplog.records
         assert record.message.startswith(f"decoding {slots} completions at once")
     with pytest.raises(ConfigError, match=r"only .* GiB are free"):
         with_room(0.5 * slot)
-    monkeypatch.setattr(sampler, "free_memory", lambda device: 5 * (slot + prompt))
+    monkeypatch.setattr(room, "free_memory", lambda device: 5 * (slot + prompt))
     few = rollout(packed, TOKENIZER, problems[:6], 2, wanted)
     monkeypatch.undo()
     assert tokens_of(few) == tokens_of(rollout(packed, TOKENIZER, problems[:6], 2, wanted))

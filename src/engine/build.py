@@ -48,6 +48,8 @@ def check_machine(config: Config, for_training: bool) -> torch.device:
         raise ConfigError(
             f"{config.source}: model.device: {device} would be that of every process; with several set it to cuda"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches its kernels on the current one
     check_reference_offload(config)
     if device.type == "cpu" and config.model.dtype == "bfloat16" and X86 and not has_products():
         logger.warning(

@@ -32,7 +32,7 @@ class SlotCache:
     token_major = False  # whether in memory a slot is [width, Hkv, D] and not [Hkv, width, D]
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
-        self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt
+        self.renew(prompt)
         layers, _, kv_heads, _, head_dim = self.prompt_keys.shape
         # zeros: a place that is masked must still be finite, NaN from old memory would survive the mask
         inner = (width, kv_heads) if self.token_major else (kv_heads, width)
@@ -43,6 +43,10 @@ class SlotCache:
         self.width = 0  # places that a step reads
         self.reach = 0  # places that have ever been read or written
         self.device, self.dtype = self.prompt_keys.device, self.prompt_keys.dtype
+
+    def renew(self, prompt: tuple) -> None:
+        """Other prompts for the same slots."""
+        self.prompt_keys, self.prompt_values, self.prompt_lengths = prompt
 
     def move(self, keep: Tensor) -> None:
         """Bring the kept slots to the front, as far as a slot before them may have left something."""

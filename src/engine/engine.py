@@ -26,7 +26,7 @@ from src.engine.models import end_token_ids, load_tokenizer
 from src.engine.movement import sampled_weights, share_changed
 from src.engine.optim import MemoryEfficientAdamW
 from src.engine.packing import Pass, apart, pack
-from src.engine.plan import Limit, Rooms, in_parts_that_fit, limit_of, memory_line, tell_of_rehearsal
+from src.engine.plan import Limit, Rooms, cache_may_stay, in_parts_that_fit, limit_of, memory_line, tell_of_rehearsal
 from src.engine.profiling import phase
 from src.engine.sampler import draw_numbers, rollout
 from src.engine.scoring import CHUNK_ELEMENTS, Distance, score
@@ -90,6 +90,7 @@ class Engine:
             self.ratios = [group["lr"] / base for group in self.optimizer.param_groups]
         self.configured = limit_of(self.config, self.model, self.anchor)
         self.limit = replace(self.configured)  # a copy, which changes
+        self.rooms.kept.may_stay = self.for_training and cache_may_stay(self.config, self.model, self.anchor)
 
     def begin(self, step: int) -> None:
         """Step number `step` begins; its random numbers are its own, and until an optimizer step it can be given up."""
@@ -166,6 +167,10 @@ class Engine:
             yield row, score(self.model, row, self.config.training.temperature, elements=self.limit.head, **want)
             done += len(row.batch.lengths)
 
+    def in_parts(self, groups: list[Group], whole_groups: bool, compute: Callable[[], Any]) -> Any:
+        """compute() over passes that fit."""
+        return in_parts_that_fit(self.model, self.limit, self.rooms.kept, groups, whole_groups, compute)
+
     def forward_backward(
         self,
         groups: list[Group],
@@ -207,7 +212,7 @@ class Engine:
         measured = Measured()
         with self.timed("update"):
             with self.dropout():
-                mine = in_parts_that_fit(self.model, self.limit, [*groups, *idle], whole_groups, compute)
+                mine = self.in_parts([*groups, *idle], whole_groups, compute)
             sum_gradients(self.model)
             for theirs in gather(mine):
                 measured.merge(theirs)
@@ -236,7 +241,7 @@ class Engine:
             return episodes
 
         with self.timed("update"):
-            rows = iter(together(lambda: in_parts_that_fit(self.model, self.limit, groups, False, compute)))
+            rows = iter(together(lambda: self.in_parts(groups, False, compute)))
         return [replace(g, episodes=tuple(replace(e, **next(rows)) for e in g.episodes)) for g in groups]
 
     # -- optim_step ----------------------------------------------------------------------------------------------------
@@ -295,7 +300,7 @@ class Engine:
             self.optimizer.load_state_dict(saved if ours else cut_states(self.optimizer, saved))
         except ValueError as error:
             raise ConfigError(f"{folder} does not fit this config: {error}; use --fresh to start over") from error
-        self.rooms = Rooms(tensors["rooms"])
+        self.rooms.sizes = tensors["rooms"]
         if "limit" in tensors:
             self.limit = self.limit.least(tensors["limit"])
             logger.info(f"memory had run out before: passes are of at most {self.limit}")

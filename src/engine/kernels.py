@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine import token_choice
+from src.engine.memory import out_of_memory
 from src.engine.token_choice import SamplingSettings
 
 logger = logging.getLogger("grpo")
@@ -25,6 +26,8 @@ def works(without: str, trial: Callable[[], None]) -> bool:
         trial()
         return True
     except Exception as error:  # of a missing package, of a compiler, of a driver, of a comparison
+        if out_of_memory(error):  # which is no reason against it
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(f"{without}, which is slower: its trial failed ({reason})")
         return False
@@ -47,7 +50,7 @@ def chooser_works(device: torch.device) -> bool:
         from src.engine.token_kernel import choose_tokens
 
         settings = SamplingSettings(1, 0.9, 64, (), seed=0)
-        logits = 3 * torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))  # [64, 1000]
+        logits = 3 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))  # [64, 5000]
         keys = torch.tensor([token_choice.episode_key(0, 0, 0, sample) for sample in range(64)], device=device)
         positions, logits = torch.arange(64, device=device), logits.to(device, torch.bfloat16)
         tokens, logprobs = choose_tokens(logits, settings, keys, positions)

@@ -2,7 +2,8 @@
 
 A step walks over the parameters in flat chunks: decode the chunk to fp32 scratch, let torch's own fused
 AdamW kernel do the arithmetic there, encode it again. So the mathematics is `torch.optim.AdamW(fused=True)` by
-construction, and memory options change only how a number is stored between two steps:
+construction (on a GPU by trial: there optim_kernel.py does all of it at once), and memory options change only how a
+number is stored between two steps:
 
   master   fp32 bits = (bf16 parameter's bits << 16) + signed correction, int16 (exact) or int8 (24-bit master)
   state 16 bf16 moments
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from src.engine.distributed import gather
 from src.engine.kernels import wanted, works
 from src.engine.optim_chunks import (
     CHUNK_ELEMENTS,
@@ -93,7 +95,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
             raise ValueError(f"master_bits is 24 or 32 and state_bits 8, 16 or 32, not {master_bits} and {state_bits}")
         self.master_bits, self.state_bits, self.offload = master_bits, state_bits, offload
         self.shards: list[list[Shard]] = []  # one list a parameter group
-        self.workspaces: dict[torch.device, Workspace] = {}
+        self.workspaces: dict[tuple[torch.device, bool], Workspace] = {}  # with scratch and without
         self.chunk_elements: int | None = None  # None: CHUNK_ELEMENTS; results do not depend on it
         self.has_kernel: bool | None = None  # None: where it works
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, updates=0))
@@ -151,11 +153,13 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         kernel = self.kernel_for(shard.device, bits)
         room = CHUNK_ELEMENTS[shard.device.type] if kernel is None else STAGED_ELEMENTS if shard.staged else shard.total
         size = min(self.chunk_elements or room, shard.total)
-        work = self.workspaces.get(shard.device)
-        if work is None or work.size < size or work.has_scratch == bool(kernel):
-            work = self.workspaces[shard.device] = Workspace(shard.device, size, has_scratch=kernel is None)
+        kind = (shard.device, kernel is None)
+        work = self.workspaces.get(kind)
+        if work is None or work.size < size:
+            work = self.workspaces[kind] = Workspace(shard.device, size, has_scratch=kernel is None)
         # An address is 0 without a gradient; it changes when someone assigns `parameter.data`.
-        gradients = {i: local(one.grad).reshape(-1) for i, one in enumerate(shard.owners) if one.grad is not None}
+        given = {index: owner.grad for index, owner in enumerate(shard.owners) if owner.grad is not None}
+        gradients = {index: local(gradient).reshape(-1).contiguous() for index, gradient in given.items()}
         shard.parameters = [local(owner) for owner in shard.owners]
         addresses = tuple([one.data_ptr() if i in gradients else 0 for i, one in enumerate(shard.parameters)])
         if addresses != shard.addresses or work is not shard.work:
@@ -254,19 +258,23 @@ def kernel_works(device: torch.device, bits: int, state_bits: int) -> bool:
     """Whether it steps as `step_chunk` does, on random numbers."""
 
     def trial() -> None:
-        start, *gradients = torch.randn(4, 5, 61, generator=torch.Generator().manual_seed(0)).to(device)  # [5, 61] each
+        numbers = torch.randn(4, 9, 301, generator=torch.Generator().manual_seed(0)).to(device)  # of two parameters
         masters = []
         for has_kernel in (False, True):
-            parameter = torch.nn.Parameter(start.bfloat16() if bits else start.clone())
-            optimizer = MemoryEfficientAdamW([parameter], TRIAL_RATE, master_bits=bits or 32, state_bits=state_bits)
+            numbers = numbers.bfloat16() if bits else numbers.clone()
+            pair = [torch.nn.Parameter(numbers[0, :7].clone()), torch.nn.Parameter(numbers[0, 7:].clone())]
+            options = {"weight_decay": 1.0, "master_bits": bits or 32, "state_bits": state_bits}
+            optimizer = MemoryEfficientAdamW(pair, TRIAL_RATE, **options)
             optimizer.has_kernel = has_kernel
-            for gradient in gradients:
-                parameter.grad = gradient.to(parameter.dtype)
+            for gradient in numbers[1:]:
+                pair[0].grad, pair[1].grad = gradient[:7].contiguous(), gradient[7:].contiguous()
                 optimizer.step()
             masters += optimizer.master_weights()
-        torch.testing.assert_close(masters[1], masters[0], atol=0.05 * TRIAL_RATE, rtol=1e-4)
+        for plain, fused in zip(masters[:2], masters[2:], strict=True):
+            torch.testing.assert_close(fused, plain, atol=0.05 * TRIAL_RATE, rtol=1e-4)
 
-    return works("the optimizer steps without Triton's kernel", trial)
+    # all processes alike: their replicas must not differ by a rounding
+    return all(gather(works("the optimizer steps without Triton's kernel", trial)))
 
 
 def check_group(group: dict) -> None:
@@ -290,8 +298,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """MemoryEfficientAdamW as configured, or else exact AdamW: torch's fused one on fp32 master weights.
 
-    With a bf16 parameter the exact one is MemoryEfficientAdamW with 32/32 bits: torch's fused kernel on exact fp32
-    masters, bit for bit what separate master copies would give, in 2 bytes a parameter less.
+    With a bf16 parameter the exact one is MemoryEfficientAdamW with 32/32 bits: exact fp32 masters, on a CPU bit for
+    bit what torch's fused kernel gives with separate copies, in 2 bytes a parameter less.
     """
     params = list(params)  # parameters, or groups whose "params" is a list
     flat = [one for entry in params for one in (entry["params"] if isinstance(entry, dict) else [entry])]

@@ -1,7 +1,8 @@
 """A parameter's AdamW step in one Triton kernel, which reads and writes what is stored and nothing else.
 
-The formats are those of optim.py and optim_codes.py, bit for bit. Each operation is rounded by itself, as in torch's
-operations one by one; torch's fused AdamW rounds some of them together, so the last bit of an fp32 master may differ.
+The formats are those of optim.py and optim_codes.py, bit for bit but for a block with NaN. Each operation is rounded by
+itself, as in torch's operations one by one; torch's fused AdamW rounds some together, so that the last bit of an fp32
+master may differ.
 """
 
 import torch
@@ -32,7 +33,7 @@ def dither_of(phases, place, use, shift, WHOLE: tl.constexpr):
 @triton.jit(do_not_specialize=("count", "start", "shift"))
 def adamw(
     weights, gradients, correction, momentum, variance, momentum_scale, variance_scale, phases, coefficients,
-    count, start, shift, decay, new_momentum, beta2, new_variance, eps, limit,
+    count, start, shift, shrinkage, new_momentum, beta2, new_variance, eps, limit,
     BITS: tl.constexpr, STATE: tl.constexpr, WHOLE: tl.constexpr, LARGEST: tl.constexpr, ROOT: tl.constexpr,
     SMALLEST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +61,7 @@ def adamw(
         m, v = m * tl.load(momentum_scale + rows, filled, 0.0)[:, None] * root, root * root
 
     step_size, correction2 = tl.load(coefficients), tl.load(coefficients + 1)
-    master = master * decay
+    master = master - shrinkage * master  # 1 - shrinkage would be rounded, and at small rates be another rate
     m = m + new_momentum * (gradient - m)
     v = beta2 * v + new_variance * gradient * gradient
     deviation = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction2) + eps
@@ -118,7 +119,7 @@ def step_chunk(bits: int, factors: Tensor, group: dict, chunk: Chunk, gradients:
         adamw[(triton.cdiv(count, ROWS * BLOCK),)](
             weight, gradient, views.get("correction"), *moments,
             views.get("momentum_scale"), views.get("variance_scale"), work.phases, factors[index],
-            count, (chunk.start + begin) % PHASES, shift, 1 - float(group["lr"]) * group["weight_decay"],
+            count, (chunk.start + begin) % PHASES, shift, float(group["lr"]) * group["weight_decay"],
             1 - beta1, beta2, 1 - beta2, group["eps"], ratio_limit(beta1, beta2),
             BITS=bits, STATE=state, WHOLE=PHASES, LARGEST=LARGEST_BITS, ROOT=LARGEST_ROOT, SMALLEST=SMALLEST_SCALE,
             ROWS=ROWS, BLOCK=BLOCK, enable_fp_fusion=False,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from src.config import Config, ConfigError
+from src.engine.cuda_decoding import uses_graphs
 from src.engine.distributed import AloneError, world
 from src.engine.lighter import kept_of_layer
 from src.engine.memory import free_memory, give_back, memory_of, out_of_memory, peak_memory
 from src.engine.models import decoder_layers
 from src.engine.packing import split_into_microbatches
-from src.engine.sampler import cache_bytes, fit_to_memory
+from src.engine.room import Kept, cache_bytes, fit_to_memory
 from src.engine.scoring import CHUNK_ELEMENTS, KEPT
 from src.engine.sharding import is_sharded
 from src.records import Group, Problem
@@ -22,6 +23,7 @@ from src.records import Group, Problem
 logger = logging.getLogger("grpo")
 # of `auto`: tokens of a pass at least and at most (more is not faster), and the share of the memory that a run may plan
 FEWEST, MOST, SHARE = 256, {"cpu": 8192, "cuda": 16384}, {"cpu": 0.5, "cuda": 0.85}
+STAYS = 1.15  # the plan is an estimate, and some memory lies in pieces
 FEWEST_LOGITS = 2**22  # elements of a chunk at least; of the largest vocabularies 28 tokens
 
 
@@ -90,8 +92,10 @@ def tokens_that_fit(config: Config, model, anchor) -> int:
     return budget
 
 
-def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bool, compute: Callable[[], Any]) -> Any:
-    """compute() over passes of the limit; again in smaller ones when memory runs out."""
+def in_parts_that_fit(
+    model, limit: Limit, kept: Kept, groups: list[Group], whole_groups: bool, compute: Callable[[], Any]
+) -> Any:
+    """compute() over passes of the limit; when memory runs out again, without what is kept or in smaller ones."""
     while True:
         try:
             return compute()
@@ -101,6 +105,9 @@ def in_parts_that_fit(model, limit: Limit, groups: list[Group], whole_groups: bo
                 raise
         # outside of the handler, whose traceback would keep the activations alive
         model.zero_grad(set_to_none=True)
+        if kept.drop(model.device):
+            kept.may_stay = False
+            continue
         if is_sharded(model):
             raise AloneError(
                 f"out of memory in the update ({reason}), where the other processes wait for this one; the last "
@@ -124,16 +131,21 @@ class Rooms:
     """
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
 
     def rollout(self, model, problems: Sequence[Problem], samples: int, settings, sample: Callable) -> list[Group]:
         """sample(room=...), in half the room when memory runs out; random numbers do not depend on it."""
         size = f"{len(problems)} x {samples}"
         while True:
-            fits = fit_to_memory(model, problems, samples, settings)
+            if self.kept.serves(model, problems, samples, settings):
+                fits = self.kept.room(problems, samples)
+            else:
+                self.kept.drop(model.device)
+                fits = fit_to_memory(model, problems, samples, settings)
             slots, prompts = (min(pair) for pair in zip(fits, self.sizes.get(size, fits), strict=True))
             self.sizes[size] = (slots, prompts)
             try:
-                return sample(room=(slots, prompts))
+                return sample(room=(slots, prompts), kept=self.kept)
             except (RuntimeError, MemoryError) as error:
                 reason = out_of_memory(error)
                 if reason is None:
@@ -149,6 +161,14 @@ class Rooms:
                 f"out of memory in the rollout ({reason}); it is done again with {self.sizes[size][0]} completions at "
                 f"once"
             )
+
+
+def cache_may_stay(config: Config, model, anchor) -> bool:
+    """Whether the rollout's cache fits beside an update, on a GPU, where that saves captures."""
+    if not uses_graphs(model.device) or is_sharded(model):
+        return False
+    plan = memory_plan(config, model, anchor)
+    return STAYS * (of_update(plan) + plan["rollout"]) <= memory_of(model.device)
 
 
 def memory_plan(config: Config, model, anchor, tokens: int | None = None) -> dict[str, int]:

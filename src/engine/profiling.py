@@ -230,4 +230,6 @@ def caption(model, tokens: float, limits: tuple[float, float]) -> str:
     ]
     if device.type == "cpu":
         lines.append(f"largest resident set of the process so far: {peak_memory(device) / 2**30:.2f} GiB")
+    else:
+        lines.append("where Triton's kernels run they are those of the operations that a kernel replaces")
     return "\n".join(lines)

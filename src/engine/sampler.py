@@ -13,6 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,14 +22,15 @@ from torch import Tensor
 
 from src.config import ConfigError
 from src.engine.cpu_weights import in_order_of_the_processor
-from src.engine.cuda_decoding import StepRunner, layout_for, own_stream, uses_graphs
-from src.engine.decoding import FEW, GroupedAttention, JoinedAttention, cache_shape, join
+from src.engine.cuda_decoding import StepRunner, layout_for, own_stream
+from src.engine.decoding import FEW, GroupedAttention, JoinedAttention, join
 from src.engine.ending import PLAIN, cut_episodes
 from src.engine.kernels import token_chooser
 from src.engine.layers import layers_for
-from src.engine.memory import free_memory, give_back
+from src.engine.memory import free_memory
 from src.engine.prefill import prefill
 from src.engine.profiling import phase
+from src.engine.room import Kept, fit_to_memory
 from src.engine.scoring import head_logits
 from src.engine.token_choice import SamplingSettings, episode_key
 from src.engine.turns import Turns
@@ -37,42 +39,7 @@ from src.records import Episode, Group, Problem
 logger = logging.getLogger("grpo")
 
 SYNC_EVERY = 4  # decode steps between looks at which completions have ended (each look waits for the device)
-WAVE = 4  # prompts are prefilled for up to this many completions a slot at a time; the end of a wave decodes few
-MEMORY_SHARE = 0.8  # of the free memory, for the caches; the rest is for activations
 ATTEMPTS = 3  # at a prompt whose logits are not finite, before it is left out
-
-
-def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
-    """Bytes of a slot, with its logits, and of a prompt: its keys, and where slots do not hold them the live copy."""
-    per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
-    logits = 8 * model.config.get_text_config().vocab_size
-    if uses_graphs(model.device):  # graphs have memory of their own for what a step computes
-        return per_token * (prompt + new_tokens) + 2 * logits, per_token * prompt
-    return per_token * new_tokens + logits, 2 * per_token * prompt
-
-
-def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> tuple[int, int]:
-    """Slots to decode in and prompts to prefill at a time, so that the caches fit into the free memory."""
-    give_back(model.device)
-    wanted = min(settings.slots, len(problems) * samples)
-    longest = max(len(problem.prompt_ids) for problem in problems)
-    slot, prompt = cache_bytes(model, longest, settings.width)
-    free = free_memory(model.device)
-    room = MEMORY_SHARE * free - prompt  # one prompt must fit in any case
-    slots = min(wanted, int(room // (slot + prompt / samples)))  # with a slot comes its share of a prompt
-    need = (prompt + slot) / 2**30
-    if slots < 1:
-        raise ConfigError(
-            f"the key-value cache of one completion needs {need:.2f} GiB, but only {free / 2**30:.2f} GiB are free; "
-            f"lower training.max_gen_len or training.max_prompt_len, or take a smaller model"
-        )
-    if slots < wanted:
-        logger.warning(
-            f"decoding {slots} completions at once in place of {wanted}: a slot of the key-value cache takes "
-            f"{slot / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
-        )
-    prompts = min(int(1 + (room - slots * slot) // prompt), max(1, WAVE * slots // samples), len(problems))
-    return slots, prompts
 
 
 class SlotDecoder:
@@ -89,38 +56,66 @@ class SlotDecoder:
         draws: Sequence[int] | None = None,
     ):
         """`draws`: the how manieth time the same prompt is sampled from, for each problem; None: the first."""
-        self.model, self.tokenizer, self.settings, self.samples = model, tokenizer, settings, samples
+        self.model, self.tokenizer, self.samples = model, tokenizer, samples
+        device, total = model.device, len(problems) * samples
         self.prompt_hidden, prompt = prefill(model, problems)
-        device = model.device
-        self.total = total = len(problems) * samples
-        self.rows = min(slots, total)  # the slots that are decoded, the first of them all
-        self.attention: GroupedAttention | JoinedAttention = layout_for(model)(prompt, self.rows, settings.width)
+        self.slots = min(slots, total)
+        self.attention: GroupedAttention | JoinedAttention = layout_for(model)(prompt, self.slots, settings.width)
         self.layers, self.choose_tokens = layers_for(model), token_chooser(device, settings)
         self.runner = StepRunner(device)
-        episode_keys = [
-            episode_key(settings.seed, settings.stream, problem.index, sample + draw * samples)
-            for problem, draw in zip(problems, draws or [0] * len(problems), strict=True)
-            for sample in range(samples)
-        ]
-        self.episode_keys = torch.tensor(episode_keys, device=device)  # [episodes]
         self.eos = torch.tensor(settings.eos_ids, device=device)
-        # one column more than needed: slots that ended keep writing there until the next look
+        # changed in place, for the graphs; a column more than needed: ended slots keep writing there until a look
         self.tokens = torch.zeros(total, settings.width + 1, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(total, settings.width + 1, device=device)
-        self.prompt_lengths = torch.from_numpy(prompt[2]).to(device)
+        self.prompt_lengths = torch.zeros(len(problems), dtype=torch.long, device=device)
+        # of each episode [episodes]: its random stream, where the turn that it is in begins, and where it ends
+        self.episode_keys, self.begins, self.limits = torch.zeros(3, total, dtype=torch.long, device=device)
+        # of each slot [slots]: its episode, own tokens in the cache, and last token
+        self.episodes, self.lengths, self.current = torch.zeros(3, self.slots, dtype=torch.long, device=device)
+        self.ended = torch.ones(self.slots, dtype=torch.bool, device=device)  # [slots] nothing left to decode
+        self.begin(problems, settings, draws, prompt[2])
+
+    def begin(self, problems: Sequence[Problem], settings: SamplingSettings, draws, prompt_lengths: np.ndarray) -> None:
+        """Nothing is written yet."""
+        self.settings, self.total = settings, len(problems) * self.samples
+        self.rows = min(self.slots, self.total)  # the slots that are decoded, the first of them all
         self.waiting = 0  # the next episode to start
         self.moved = False  # the attention does not know yet what is in which slot
-        # of each slot [slots]: its episode, own tokens in the cache, and last token; changed in place, for the graphs
-        self.episodes, self.lengths, self.current = torch.zeros(3, self.rows, dtype=torch.long, device=device)
-        self.ended = torch.ones(self.rows, dtype=torch.bool, device=device)  # [slots] nothing left to decode
+        keys = [
+            episode_key(settings.seed, settings.stream, problem.index, sample + draw * self.samples)
+            for problem, draw in zip(problems, draws or [0] * len(problems), strict=True)
+            for sample in range(self.samples)
+        ]
+        self.episode_keys[: self.total] = torch.tensor(keys, device=self.episode_keys.device)
+        self.prompt_lengths[: len(problems)] = torch.from_numpy(prompt_lengths).to(self.prompt_lengths.device)
+        for state in (self.tokens, self.logprobs, self.begins, self.episodes, self.lengths, self.current):
+            state.zero_()
+        self.ended.fill_(True)
         self.turns: Turns | None = None
         if settings.reply is not None:
-            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            each = [problem for problem in problems for _ in range(samples)]
-            self.turns = Turns(tokenizer, each, settings, positions)
-            # of each episode [episodes]: where the turn that it is in begins, and where the episode ends
-            self.begins = torch.zeros(total, dtype=torch.long, device=device)
-            self.limits = torch.tensor([state.limit for state in self.turns.states], device=device)
+            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            each = [problem for problem in problems for _ in range(self.samples)]
+            self.turns = Turns(self.tokenizer, each, settings, positions)
+            limits = [state.limit for state in self.turns.states]
+            self.limits[: self.total] = torch.tensor(limits, device=self.limits.device)
+
+    def serves(self, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> bool:
+        """Whether its steps are those of another rollout, and its places enough."""
+        alike = replace(settings, seed=self.settings.seed, stream=self.settings.stream) == self.settings
+        longest = max(len(problem.prompt_ids) for problem in problems) + settings.width
+        fits = len(problems) * samples <= len(self.tokens) and longest <= self.attention.capacity
+        return alike and fits and samples == self.samples and self.layers is layers_for(self.model)
+
+    def again(self, problems: Sequence[Problem], settings: SamplingSettings, draws) -> None:
+        """For a rollout that it `serves`, with the graphs that there are."""
+        self.prompt_hidden, prompt = prefill(self.model, problems)
+        self.attention.renew(prompt)
+        self.begin(problems, settings, draws, prompt[2])
+
+    def rest(self) -> None:
+        """Let go of the prompts."""
+        del self.prompt_hidden
+        self.attention.renew((None, None, None))
 
     @phase("head and sampling")
     def choose(self, hidden: Tensor, slots: Tensor | slice) -> None:
@@ -277,7 +272,8 @@ class SlotDecoder:
                 if report is not None:
                     report(self.progress)  # which asks the device: whoever hears it decides whether to look
                 self.block()
-        rows = self.tokens[:, :-1].cpu(), self.logprobs[:, :-1].cpu()  # [episodes, width] junk after the end
+        written = self.tokens[: self.total, :-1], self.logprobs[: self.total, :-1]
+        rows = written[0].cpu(), written[1].cpu()  # [episodes, width] junk after the end
         return cut_episodes(self.tokenizer, *rows, self.settings) if self.turns is None else self.turns.episodes(*rows)
 
 
@@ -300,9 +296,10 @@ def rollout(
     report: Callable[[Callable[[], float]], None] | None = None,
     draws: Sequence[int] | None = None,
     room: tuple[int, int] | None = None,
+    kept: Kept | None = None,
 ) -> list[Group]:
     """`samples` completions for each problem, in the order of the problems; `report` hears the share that is done, and
-    may raise to leave it. `room`: slots and prompts at a time; None: what fits.
+    may raise to leave it. `room`: slots and prompts at a time; None: what fits. `kept`: a decoder that may serve again.
 
     A problem with an episode whose logits were not finite is sampled again with other random numbers, and left out when
     that does not help. ConfigError when none is left.
@@ -317,9 +314,15 @@ def rollout(
         for start in range(0, len(missing), prompts):
             wave = missing[start : start + prompts]
             chosen, numbers = [problems[place] for place in wave], [attempt + ATTEMPTS * draws[place] for place in wave]
-            decoder = SlotDecoder(model, tokenizer, chosen, samples, slots, settings, numbers)
+            decoder = kept.take(model, chosen, samples, settings, slots) if kept else None
+            if decoder is None:
+                decoder = SlotDecoder(model, tokenizer, chosen, samples, slots, settings, numbers)
+            else:
+                decoder.again(chosen, settings, numbers)
             tell = report and partial(of_wave, report, start / len(missing), len(wave) / len(missing))
             episodes = decoder.run(tell)
+            if kept:
+                kept.put(decoder)
             del decoder  # its cache, before the next one is allocated
             for index, place in enumerate(wave):
                 group = Group(problems[place], tuple(episodes[index * samples : (index + 1) * samples]))

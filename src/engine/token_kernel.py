@@ -40,8 +40,8 @@ def uniform(key, position, GOLDEN: tl.constexpr):
 @triton.jit
 def place_of(weights, share, SIZE: tl.constexpr):
     """The first entry where the cumulative sum exceeds this share of it, its weight, what comes before, and the sum."""
-    cumulative = tl.cumsum(weights, 0)
-    total = tl.max(cumulative, 0)
+    cumulative, is_last = tl.cumsum(weights, 0), tl.arange(0, SIZE) == SIZE - 1
+    total = tl.sum(tl.where(is_last, cumulative, 0.0), 0)  # the largest, and NaN where one is: tl.max would not see it
     place = tl.minimum(tl.sum((cumulative <= share * total).to(tl.int32), 0), SIZE - 1)
     is_place = tl.arange(0, SIZE) == place
     weight = tl.sum(tl.where(is_place, weights, 0.0), 0)
@@ -66,7 +66,7 @@ def choose(
     x = x / temperature
     inside = tl.where(columns < vocabulary, tl.exp(x - top), 0.0).to(tl.float64)
     rest = (share * total - before) / weight  # the number inside the block
-    rest = tl.minimum(tl.maximum(rest, 0.0), 1 - 2.220446049250313e-16)
+    rest = tl.minimum(tl.maximum(rest, 0.0), tl.full((), 1 - 2.220446049250313e-16, tl.float64))  # else it is fp32, 1
     place = place_of(inside, rest, BLOCK)[0]
     token = tl.minimum(tl.minimum(block, blocks - 1) * BLOCK + place, vocabulary - 1)
     chosen = tl.sum(tl.where(columns == token, x, 0.0), 0)

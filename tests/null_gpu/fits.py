@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from functools import partial
 
 import torch
@@ -72,6 +73,8 @@ def main() -> None:
     training = made.config.training
     made.rehearse(partial(objective, training), **wanted(training, True))
     found = {"card": torch.cuda.get_device_properties(0).total_memory / 2**30, "rehearsal": gib()}
+    captures, capture = Counter(), cuda_decoding.StepRunner.capture
+    cuda_decoding.StepRunner.capture = lambda *a: captures.update([made.step]) or capture(*a)
     for step in (1, 2):
         made.begin(step)
         problems = gpu_first.problems_of(training.num_questions_per_batch, training.max_prompt_len)
@@ -81,7 +84,8 @@ def main() -> None:
         made.optim_step(1e-6)
         found[f"update {step}"] = gib()
     slots = [slots for slots, _ in made.rooms.sizes.values()]
-    print(json.dumps(found | {"tokens": made.limit.tokens, "slots": slots, "graphs": cuda_decoding.StepRunner.works}))
+    print(json.dumps(found | {"tokens": made.limit.tokens, "slots": slots, "captures": [captures[1], captures[2]],
+                      "graphs": cuda_decoding.StepRunner.works}))  # fmt: skip
 
 
 if __name__ == "__main__":
