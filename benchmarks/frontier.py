@@ -1,6 +1,7 @@
 """Where the penalties differ: accuracy against coverage, forgetting and distance, a line a method over its strength.
 
     uv run python -m benchmarks.frontier                   # 34 points x 3 seeds, about two hours on 2 cores
+    uv run python -m benchmarks.frontier --seeds 5 --lines none kl "kl forward" k3 ot maxent       # an hour; more seeds
     uv run python -m benchmarks.frontier --quick           # 3 points, 1 seed, 2 steps: only shows that it runs
     uv run python -m benchmarks.frontier --show benchmarks/frontier.jsonl     # the tables of what is committed
 
@@ -188,14 +189,14 @@ def read_results(file: Path) -> dict[str, dict]:
     return found
 
 
-def read_lines(file: str | Path) -> tuple[dict, dict[str, dict[str, list[dict]]]]:
-    """What a results file has of the base and of the points of LINES; nothing where there is none."""
+def read_lines(file: str | Path, problems: int = PROBLEMS) -> tuple[dict, dict[str, dict[str, list[dict]]]]:
+    """What a results file has of the base and of the points of LINES, of all seeds; nothing where there is none."""
     rows = list(read_results(Path(file)).values())
-    base = next((row["metrics"] for row in rows if row["settings"] == settings_of({}, 0, PROBLEMS)), {})
+    base = next((row["metrics"] for row in rows if row["settings"] == settings_of({}, 0, problems)), {})
     points = {(line, label): point for line, points in LINES.items() for label, point in points.items()}
     return base, by_point([
         row for row in rows
-        if row["settings"] == settings_of(points.get((row["line"], row["point"]), {}), row["seed"], PROBLEMS)
+        if row["settings"] == settings_of(points.get((row["line"], row["point"]), {}), row["seed"], problems)
     ])  # fmt: skip
 
 
@@ -309,13 +310,25 @@ def table(lines: dict[str, dict[str, list[dict]]]) -> str:
     return "\n".join(rows)
 
 
+def chance(row: dict) -> float:
+    """Of a difference at least as large where there is none: the p-value of Student's t."""
+    if not row["half"]:
+        return float(row["difference"] == 0)
+    scale = float(student.ppf(0.975, row["seeds"] - 1))
+    return 2 * float(student.sf(abs(row["difference"]) / row["half"] * scale, row["seeds"] - 1))
+
+
 def differences(found: list[dict]) -> str:
-    """Markdown: a line for each pair, a column for each axis; bold where the interval does not hold 0."""
+    """Markdown: a line for each pair, a column for each axis.
+
+    Bold where the 95% interval does not hold 0, with a dagger where it does not for all of them together (Bonferroni).
+    """
     cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for row in found:
         text = f"{row['difference']:+.3f} ± {row['half']:.3f}"
         sure = abs(row["difference"]) > row["half"]
-        cells[row["line"], row["against"]][row["axis"]] = f"**{text}**" if sure else text
+        all_of_them = chance(row) * len(found) < 0.05
+        cells[row["line"], row["against"]][row["axis"]] = f"**{text}**{'†' * all_of_them}" if sure else text
     axes = list(dict.fromkeys(row["axis"] for row in found))
     rows = ["| line | against | " + " | ".join(axes) + " |", "|" + "---|" * (len(axes) + 2)]
     rows += [f"| {a} | {b} | " + " | ".join(row.get(axis, "") for axis in axes) + " |" for (a, b), row in cells.items()]
@@ -392,6 +405,9 @@ def main() -> None:
         options.results = options.results or output / f"frontier{'_quick' * options.quick}.jsonl"
         rows, new = sweep(chosen, options)
         base, lines = rows[0]["metrics"], by_point(rows[1:])
+        if not options.quick:  # with the seeds of earlier sweeps
+            lines = {name: points for name, points in read_lines(options.results, options.problems)[1].items()
+                     if name in chosen}  # fmt: skip
         import matplotlib
 
         matplotlib.use("Agg")

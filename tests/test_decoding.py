@@ -7,7 +7,7 @@ same tensors, without Python. What only a GPU can show is that torch accepts the
 import gc
 import logging
 import weakref
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +22,7 @@ from src.engine import cuda_decoding, room, sampler
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention
 from src.engine.packing import pack
+from src.engine.plan import Rooms
 from src.engine.room import Kept, cache_bytes, fit_to_memory
 from src.engine.sampler import SlotDecoder, rollout
 from src.engine.scoring import score
@@ -281,9 +282,49 @@ def test_a_decoder_that_is_kept_gives_what_a_new_one_gives_and_captures_nothing_
         both(**({"problems": first} | change))
         assert kept.decoder is not decoder
         decoder = kept.decoder
-    packed.model.layers[0].mlp.up_proj.weight.data = packed.model.layers[0].mlp.up_proj.weight.data.clone()
-    both(make_prompts((15, 2)))  # a graph would read the old address
-    assert kept.decoder is not decoder
+    mlp, scaled = packed.model.layers[0].mlp, []
+
+    def swap():
+        mlp.up_proj.weight.data = mlp.up_proj.weight.data.clone()
+
+    def change():  # also where the layers are the model's own already
+        factor, plain = 1 + len(scaled), type(mlp).forward
+        mlp.forward = lambda x: plain(mlp, x) * factor
+        scaled.append(1)
+
+    def listen():
+        packed.get_output_embeddings().register_forward_hook(lambda *_: -_[2])
+
+    for meddle in (swap, change, change, listen, listen):
+        meddle()
+        both(make_prompts((15, 2)))
+        assert kept.decoder is not decoder or decoder is None
+        decoder = kept.decoder
+    assert decoder is None, "what a hook does is not in a graph"
+
+
+def test_an_evaluation_keeps_nothing_for_the_training_after_it(monkeypatch):
+    """Else a resumed run, which does not evaluate again, would have other slots, and round otherwise."""
+    packed, _ = make_pair("llama")
+    monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(StepRunner, "capture", record)
+    rooms, problems = Rooms(), make_prompts()
+    rooms.kept.may_stay = True
+
+    def go(stream, slots, prompts=None):
+        if prompts:
+            monkeypatch.setattr("src.engine.plan.fit_to_memory", lambda *_: (slots, prompts))
+        sample = partial(rollout, packed, TOKENIZER, problems, 3, settings(slots, stream=stream))
+        rooms.rollout(packed, problems, 3, settings(slots, stream=stream), sample)
+        return rooms.kept.decoder
+
+    assert go(-1, 7, 6) is None and rooms.sizes == {"6 x 3": (7, 6)}
+    rooms.sizes.clear()
+    first = go(1, 12, 6)
+    assert first.slots == 12 and rooms.sizes == {"6 x 3": (12, 6)}
+    assert go(-1, 12) is None
+    waves = go(2, 12, 2)  # two prompts at a time
+    assert len(waves.prompt_lengths) == 2 and go(3, 12) is waves and rooms.sizes == {"6 x 3": (12, 2)}
 
 
 def test_a_rollout_that_fails_keeps_nothing_and_neither_does_one_without_graphs(monkeypatch):

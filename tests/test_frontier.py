@@ -30,6 +30,18 @@ def test_intervals_are_students():
     assert value == 2.0 and half == pytest.approx(4.302653 / 3**0.5)
 
 
+def test_a_dagger_is_for_what_is_sure_among_all_figures():
+    """t = 3.464 of two degrees of freedom has p = 0.0742, 12.7 of one 0.05."""
+    value, half = frontier.interval([1.0, 2.0, 3.0])
+    row = {"line": "a", "against": "b", "axis": "kl", "difference": value, "half": half, "seeds": 3}
+    assert frontier.chance(row) == pytest.approx(0.0742, abs=1e-4)
+    assert frontier.chance(row | {"difference": 1.0, "half": 1.0, "seeds": 2}) == pytest.approx(0.05)
+    for seeds, marked in ((3, "**+1.000 ± 0.300** "), (9, "**+1.000 ± 0.300**† ")):
+        sure = row | {"difference": 1.0, "half": 0.3, "seeds": seeds}
+        text = frontier.differences([sure, *[row | {"axis": str(k)} for k in range(40)]])
+        assert marked in text and "**+2" not in text
+
+
 def test_statements_pair_seeds_and_mark_only_what_is_sure():
     lines = {name: {} for name in ("none", "kl", "maxent")}
     base = dict.fromkeys(frontier.AXES, 0.0)

@@ -127,17 +127,17 @@ def sweep(monkeypatch, capsys, tmp_path):
 
 def test_a_sweep_that_is_stopped_goes_on(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "gguf" else name)
-    whole = ["base", "ours 0", "trl 0", "ours 1", "ours 2", "lora 0"]
+    whole = ["base", "ours 0", "trl 0", "ours 1", "ours 2", "lora 0", "lora 1", "lora 2"]
     document, first = sweep("--model", MODEL, fails=3)
     assert document is None and first == whole[:3]
     with (tmp_path / "r.jsonl").open("a") as file:
         file.write('{"run": "cut o')  # killed while it wrote
     document, later = sweep("--model", MODEL)
-    assert later == whole[3:] and len(document["runs"]) == 6
+    assert later == whole[3:] and len(document["runs"]) == 8
     assert sweep("--model", MODEL)[1] == [] and (tmp_path / "r.png").stat().st_size > 5_000
     assert len(sweep("--model", MODEL, "--steps", "20", "--lines", "ours")[1]) == 3
     shown, taken = sweep("--show", str(tmp_path / "r.jsonl"))
-    assert taken == [] and [row["line"] for row in shown["runs"]] == ["base", *["ours"] * 3, "trl", "lora"]
+    assert taken == [] and [row["line"] for row in shown["runs"]] == ["base", *["ours"] * 3, "trl", *["lora"] * 3]
     assert shown["runs"][1]["metrics"]["greedy"] == 0.1, "the newest of ours, not those of 150 steps too"
     for words in ((), ("--show", str(tmp_path / "none.jsonl")), ("--model", "models/none"),
                   ("--model", MODEL, "--samples", "4"), ("--convert", "a.whl", "folder")):  # fmt: skip

@@ -119,7 +119,7 @@ def flash_works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
         attention = layout(prompt, 3, 300)
         attention.start(torch.arange(3, device=device), rows)
         for part in (attention.keys[0], attention.values[0]):
-            part[:, :, 40:] = own
+            part[:, :, 40:340] = own
         attention.arrange(rows.cpu().numpy(), lengths.cpu().numpy(), np.zeros(3, dtype=bool))
         attention.begin_block(1)
         attention.begin_step(lengths, positions)

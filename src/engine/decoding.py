@@ -178,8 +178,9 @@ class JoinedAttention(SlotCache):
     width_step = 1  # the width is a multiple of it
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
-        super().__init__(prompt, slots, prompt[0].shape[3] + width)
-        self.longest = self.capacity
+        self.longest = prompt[0].shape[3] + width
+        # a multiple: else rounding would depend on the longest of the prompts that it was made for
+        super().__init__(prompt, slots, -(-self.longest // self.width_step) * self.width_step)
 
     def start(self, slots: Tensor, prompts: Tensor) -> None:
         """The prompts [s] of the next episodes, and zeros behind them."""

@@ -190,29 +190,29 @@ class Engine:
         groups = sorted(groups, key=Group.tokens, reverse=True)  # what needs most memory first, and like beside like
 
         def compute() -> Measured:
-            measured = Measured()
-            self.optimizer.zero_grad(set_to_none=True)
-            for row, scores in self.scored(groups, whole_groups, "update", **want):
-                with phase("loss"):
-                    loss, values = objective(scores, row.batch)
-                with phase("backward"):
-                    loss.backward()
-                if row.counts:
-                    measured.add(values)
-                del scores, loss, values
-            with torch.no_grad():
-                for row, scores in self.scored(list(idle), whole_groups, "update", **want):
+            with self.dropout():  # the same when it is done again
+                measured = Measured()
+                self.optimizer.zero_grad(set_to_none=True)
+                for row, scores in self.scored(groups, whole_groups, "update", **want):
+                    with phase("loss"):
+                        loss, values = objective(scores, row.batch)
+                    with phase("backward"):
+                        loss.backward()
                     if row.counts:
-                        measured.add(objective(scores, row.batch)[1])
-                    del scores
-            if idle:
-                sliced(self.model)
-            return measured.settle()
+                        measured.add(values)
+                    del scores, loss, values
+                with torch.no_grad():
+                    for row, scores in self.scored(list(idle), whole_groups, "update", **want):
+                        if row.counts:
+                            measured.add(objective(scores, row.batch)[1])
+                        del scores
+                if idle:
+                    sliced(self.model)
+                return measured.settle()
 
         measured = Measured()
         with self.timed("update"):
-            with self.dropout():
-                mine = self.in_parts([*groups, *idle], whole_groups, compute)
+            mine = self.in_parts([*groups, *idle], whole_groups, compute)
             sum_gradients(self.model)
             for theirs in gather(mine):
                 measured.merge(theirs)

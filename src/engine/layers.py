@@ -7,11 +7,10 @@ the same input at once, and three kernels of layer_kernels.py for what lies betw
 
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine.cuda_decoding import layout_for
@@ -22,7 +21,7 @@ from src.engine.operations import Operations
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")  # of these the decoder's class
 SAME = {torch.float32: 1e-5}  # of plain operations, relative; other types HALF_SAME
 HALF_SAME, HALF_CLOSE, ROUNDED = 2e-3, 5e-2, 1e-2  # of plain operations, of kernels through all layers, and of each
-chosen: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # by decoder: what it was made of, and what is good
+CHOSEN = "chosen_layers"  # of a decoder: what it was made of, and what was found good. It may refer to the decoder
 
 
 def own_layers(model, ids: Tensor, positions: Tensor, attention) -> Tensor:
@@ -130,11 +129,11 @@ def layers_for(model):
     decoder = model.get_decoder()
     if type(decoder).__name__ not in FAMILIES or is_listened_to(decoder):
         return own_layers
-    made, layers = chosen.get(decoder, (None, None))
+    made, layers = vars(decoder).get(CHOSEN, (None, None))
     if is_in_torch_dispatch_mode():  # operations are looked at (--profile), perhaps not computed
         return own_layers if layers is own_layers else partial(written_layers, Operations())
     if made != made_of(decoder):
-        made, layers = chosen[decoder] = made_of(decoder), first_good(model)
+        made, layers = vars(decoder)[CHOSEN] = made_of(decoder), first_good(model)
     return layers
 
 

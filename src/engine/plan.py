@@ -136,20 +136,26 @@ class Rooms:
     def rollout(self, model, problems: Sequence[Problem], samples: int, settings, sample: Callable) -> list[Group]:
         """sample(room=...), in half the room when memory runs out; random numbers do not depend on it."""
         size = f"{len(problems)} x {samples}"
+        slots, prompts = self.sizes.get(size, (0, 0))  # known before the first try only of an earlier rollout
         while True:
-            if self.kept.serves(model, problems, samples, settings):
-                fits = self.kept.room(problems, samples)
-            else:
-                self.kept.drop(model.device)
-                fits = fit_to_memory(model, problems, samples, settings)
-            slots, prompts = (min(pair) for pair in zip(fits, self.sizes.get(size, fits), strict=True))
-            self.sizes[size] = (slots, prompts)
+            served = False
             try:
+                served = self.kept.serves(model, problems[: prompts or None], samples, settings)
+                if served:
+                    fits = self.sizes.get(size) or self.kept.room(problems, samples)
+                else:
+                    self.kept.drop(model.device)
+                    fits = fit_to_memory(model, problems, samples, settings)
+                slots, prompts = (min(pair) for pair in zip(fits, self.sizes.get(size, fits), strict=True))
+                self.sizes[size] = (slots, prompts)
                 return sample(room=(slots, prompts), kept=self.kept)
             except (RuntimeError, MemoryError) as error:
                 reason = out_of_memory(error)
                 if reason is None:
                     raise
+            if served:  # as much as once: without what was kept it is seen how much there is now
+                self.kept.drop(model.device)
+                continue
             # outside of the handler, whose traceback would keep the cache alive
             if slots == prompts == 1:
                 raise ConfigError(
@@ -243,10 +249,11 @@ def peak_of(plan: dict[str, int]) -> int:
 def memory_line(config: Config, model, anchor) -> str:
     """The plan beside what is free."""
     plan, limit = memory_plan(config, model, anchor), limit_of(config, model, anchor)
-    unit, name = (2**30, "GiB") if peak_of(plan) > 2**30 else (2**20, "MiB")
+    most = sum(plan.values()) if cache_may_stay(config, model, anchor) else peak_of(plan)
+    unit, name = (2**30, "GiB") if most > 2**30 else (2**20, "MiB")
     parts = ", ".join(f"{purpose} {size / unit:.1f}" for purpose, size in plan.items())
     return (
-        f"estimated {parts} {name}, at most {peak_of(plan) / unit:.1f} {name} at once, with {limit.size()} a pass; "
+        f"estimated {parts} {name}, at most {most / unit:.1f} {name} at once, with {limit.size()} a pass; "
         f"{free_memory(model.device) / 2**30:.1f} GiB are free with the model loaded"
     )
 

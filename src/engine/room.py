@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.config import ConfigError
-from src.engine.cuda_decoding import uses_graphs
+from src.engine.cuda_decoding import HALF, PaddedAttention, uses_graphs
 from src.engine.decoding import cache_shape
+from src.engine.layers import made_of, own_layers
 from src.engine.memory import free_memory, give_back
 from src.engine.token_choice import SamplingSettings
 from src.records import Problem
@@ -30,7 +31,8 @@ def cache_bytes(model, prompt: int, new_tokens: int) -> tuple[int, int]:
     per_token = 2 * math.prod(cache_shape(model)) * model.dtype.itemsize
     logits = 8 * model.config.get_text_config().vocab_size
     if uses_graphs(model.device):  # graphs have memory of their own for what a step computes
-        return per_token * (prompt + new_tokens) + 2 * logits, per_token * prompt
+        step = 1 if model.dtype in HALF else PaddedAttention.width_step
+        return per_token * (-(-(prompt + new_tokens) // step) * step) + 2 * logits, per_token * prompt
     return per_token * new_tokens + logits, 2 * per_token * prompt
 
 
@@ -58,9 +60,15 @@ def fit_to_memory(model, problems: Sequence[Problem], samples: int, settings: Sa
     return slots, prompts
 
 
-def addresses(model) -> tuple[int, ...]:
-    """Where the weights lie."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
+def captured(model) -> tuple:
+    """What a graph has of a model: addresses, and what was called. Numbers that a forward pass reads are not seen."""
+    places = (tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    return (*places, *made_of(model))
+
+
+def has_hooks(model) -> bool:
+    """Whether someone listens: what a hook does is in a graph as it was."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 class Kept:
@@ -69,22 +77,28 @@ class Kept:
     def __init__(self) -> None:
         self.may_stay = False  # whether there is memory for it beside an update
         self.decoder: Any = None
-        self.weights: tuple[int, ...] = ()
+        self.captured: tuple = ()
 
     def put(self, decoder) -> None:
-        """Keep it, if it has captured steps."""
-        if self.may_stay and any(graph is not None for graph in decoder.runner.graphs.values()):
+        """Keep it, if it has captured steps of layers that are written out, and was not for an evaluation.
+
+        Those are rare, may have more slots than planned, and are no part of what a resumed run does again.
+        """
+        is_ours = decoder.layers is not own_layers and decoder.settings.stream >= 0 and not has_hooks(decoder.model)
+        if self.may_stay and is_ours and any(graph is not None for graph in decoder.runner.graphs.values()):
             decoder.rest()
-            self.decoder, self.weights = decoder, addresses(decoder.model)
+            self.decoder, self.captured = decoder, captured(decoder.model)
 
     def serves(self, model, problems: Sequence[Problem], samples: int, settings: SamplingSettings) -> bool:
         """Whether the graphs of the decoder that is kept are those of this rollout."""
         return (
             self.decoder is not None
+            and settings.stream >= 0
             and self.decoder.model is model
+            and not has_hooks(model)
             and self.decoder.serves(problems, samples, settings)
             and not is_in_torch_dispatch_mode()  # --profile looks at operations, of which a graph has none
-            and self.weights == addresses(model)
+            and self.captured == captured(model)
         )
 
     def room(self, problems: Sequence[Problem], samples: int) -> tuple[int, int]:
