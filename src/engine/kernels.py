@@ -7,9 +7,8 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from src.engine import token_choice
 from src.engine.memory import out_of_memory
-from src.engine.token_choice import SamplingSettings
+from src.engine.token_choice import SamplingSettings, choose_tokens, episode_key
 
 logger = logging.getLogger("grpo")
 KERNELS_ON = ("cuda",)
@@ -36,10 +35,10 @@ def works(without: str, trial: Callable[[], None]) -> bool:
 def token_chooser(device: torch.device, settings: SamplingSettings) -> Callable:
     """choose_tokens for logits on this device."""
     if settings.temperature == 0 or not wanted(device) or not chooser_works(device):
-        return token_choice.choose_tokens
-    from src.engine.token_kernel import choose_tokens  # here, because only torch's CUDA build brings triton
+        return choose_tokens
+    from src.engine.token_kernel import choose_tokens as fused  # here, because only torch's CUDA build brings triton
 
-    return choose_tokens
+    return fused
 
 
 @cache
@@ -47,14 +46,14 @@ def chooser_works(device: torch.device) -> bool:
     """Whether the kernels choose the tokens that token_choice.py chooses."""
 
     def trial() -> None:
-        from src.engine.token_kernel import choose_tokens
+        from src.engine.token_kernel import choose_tokens as fused
 
         settings = SamplingSettings(1, 0.9, 64, (), seed=0)
         logits = 3 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))  # [64, 5000]
-        keys = torch.tensor([token_choice.episode_key(0, 0, 0, sample) for sample in range(64)], device=device)
+        keys = torch.tensor([episode_key(0, 0, 0, sample) for sample in range(64)], device=device)
         positions, logits = torch.arange(64, device=device), logits.to(device, torch.bfloat16)
-        tokens, logprobs = choose_tokens(logits, settings, keys, positions)
-        expected, expected_logprobs = token_choice.choose_tokens(logits, settings, keys, positions)
+        tokens, logprobs = fused(logits, settings, keys, positions)
+        expected, expected_logprobs = choose_tokens(logits, settings, keys, positions)
         same = tokens == expected  # but where a number lies at the border of two
         agreement = same.float().mean()
         torch.testing.assert_close(agreement, torch.ones_like(agreement), atol=0.05, rtol=0.0)

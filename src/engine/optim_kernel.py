@@ -30,6 +30,20 @@ def dither_of(phases, place, use, shift, WHOLE: tl.constexpr):
     return (phase + shift) & (WHOLE - 1)
 
 
+@triton.jit
+def as_8bit(m, v, for_m, for_v, limit, SMALLEST: tl.constexpr, ROOT: tl.constexpr):
+    """encode_8bit of optim_codes.py: codes [ROWS, BLOCK] and scales [ROWS] of both moments."""
+    root = limited(tl.sqrt_rn(tl.sqrt_rn(v)), 0.0, ROOT)
+    scale_v = limited(tl.max(root, 1) * (1 / 254.99), SMALLEST, ROOT)
+    wide = tl.zeros_like(root) + scale_v[:, None]
+    of_v = (limited(tl.div_rn(root, wide), 1.0, 256.0) + for_v).to(tl.int32) & 255
+    root = of_v.to(tl.float32) * wide  # sqrt(sqrt(v)) as it will be decoded
+    ratio = limited(tl.div_rn(m, root * root), -limit, limit)
+    scale_m = limited(tl.max(tl.abs(ratio), 1) * (1 / 126.99), SMALLEST, ROOT)
+    of_m = tl.floor(tl.div_rn(ratio, tl.zeros_like(ratio) + scale_m[:, None]) + for_m).to(tl.int32)
+    return of_m, scale_m, of_v, scale_v
+
+
 @triton.jit(do_not_specialize=("count", "start", "shift"))
 def adamw(
     weights, gradients, correction, momentum, variance, momentum_scale, variance_scale, phases, coefficients,
@@ -90,18 +104,12 @@ def adamw(
     if STATE == 8:
         for_m = dither_of(phases, place, 1, shift, WHOLE).to(tl.float32) * (1 / 65536)
         for_v = dither_of(phases, place, 2, shift, WHOLE).to(tl.float32) * (1 / 65536)
-        root = limited(tl.sqrt_rn(tl.sqrt_rn(tl.where(inside, v, 0.0))), 0.0, ROOT)
-        scale = limited(tl.max(root, 1) * (1 / 254.99), SMALLEST, ROOT)
-        wide = tl.zeros_like(root) + scale[:, None]
-        code = (limited(tl.div_rn(root, wide), 1.0, 256.0) + for_v).to(tl.int32)
-        tl.store(variance + at, code.to(tl.uint8), inside)
-        tl.store(variance_scale + rows, scale, filled)
-        root = (code & 255).to(tl.float32) * wide  # sqrt(sqrt(v)) as it will be decoded
-        ratio = limited(tl.div_rn(tl.where(inside, m, 0.0), root * root), -limit, limit)
-        scale = limited(tl.max(tl.abs(ratio), 1) * (1 / 126.99), SMALLEST, ROOT)
-        code = tl.floor(tl.div_rn(ratio, tl.zeros_like(ratio) + scale[:, None]) + for_m).to(tl.int32)
-        tl.store(momentum + at, code.to(tl.int8), inside)
-        tl.store(momentum_scale + rows, scale, filled)
+        m, v = tl.where(inside, m, 0.0), tl.where(inside, v, 0.0)  # a block's unused end must not hold up its scale
+        of_m, scale_m, of_v, scale_v = as_8bit(m, v, for_m, for_v, limit, SMALLEST, ROOT)
+        tl.store(momentum + at, of_m.to(tl.int8), inside)
+        tl.store(variance + at, of_v.to(tl.uint8), inside)
+        tl.store(momentum_scale + rows, scale_m, filled)
+        tl.store(variance_scale + rows, scale_v, filled)
 
 
 def step_chunk(bits: int, factors: Tensor, group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from src.config import ConfigError
 from src.engine.cuda_decoding import HALF, PaddedAttention, uses_graphs
 from src.engine.decoding import cache_shape
-from src.engine.layers import made_of, own_layers
+from src.engine.layers import has_hooks, made_of, own_layers
 from src.engine.memory import free_memory, give_back
 from src.engine.token_choice import SamplingSettings
 from src.records import Problem
@@ -66,11 +66,6 @@ def captured(model) -> tuple:
     return (*places, *made_of(model))
 
 
-def has_hooks(model) -> bool:
-    """Whether someone listens: what a hook does is in a graph as it was."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-
-
 class Kept:
     """The decoder of the last rollout, where it may stay."""
 
@@ -84,7 +79,9 @@ class Kept:
 
         Those are rare, may have more slots than planned, and are no part of what a resumed run does again.
         """
-        is_ours = decoder.layers is not own_layers and decoder.settings.stream >= 0 and not has_hooks(decoder.model)
+        is_ours = (
+            decoder.layers is not own_layers and decoder.settings.stream >= 0 and not has_hooks(decoder.model.modules())
+        )
         if self.may_stay and is_ours and any(graph is not None for graph in decoder.runner.graphs.values()):
             decoder.rest()
             self.decoder, self.captured = decoder, captured(decoder.model)
@@ -95,7 +92,7 @@ class Kept:
             self.decoder is not None
             and settings.stream >= 0
             and self.decoder.model is model
-            and not has_hooks(model)
+            and not has_hooks(model.modules())  # what a hook does is in a graph as it was
             and self.decoder.serves(problems, samples, settings)
             and not is_in_torch_dispatch_mode()  # --profile looks at operations, of which a graph has none
             and self.captured == captured(model)
