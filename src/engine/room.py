@@ -79,10 +79,9 @@ class Kept:
 
         Those are rare, may have more slots than planned, and are no part of what a resumed run does again.
         """
-        is_ours = (
-            decoder.layers is not own_layers and decoder.settings.stream >= 0 and not has_hooks(decoder.model.modules())
-        )
-        if self.may_stay and is_ours and any(graph is not None for graph in decoder.runner.graphs.values()):
+        is_ours = decoder.layers is not own_layers and not has_hooks(decoder.model.modules())
+        has_graphs = any(graph is not None for graph in decoder.runner.graphs.values())
+        if self.may_stay and is_ours and has_graphs and decoder.settings.stream >= 0:
             decoder.rest()
             self.decoder, self.captured = decoder, captured(decoder.model)
 

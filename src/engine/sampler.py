@@ -2,8 +2,8 @@
 
 Every prompt is prefilled once (prefill.py). Completions then decode together in slots of a preallocated key-value
 cache; a finished one gives its slot to the next waiting one, and when none waits the live ones move together, so that
-the dead are not decoded. decoding.py has the cache in two layouts, layers.py the layers; on a GPU a step is a CUDA graph (cuda_decoding.py), which
-stays for the next rollout where there is memory (room.py).
+the dead are not decoded. decoding.py has the cache in two layouts, layers.py the layers; on a GPU a step is a CUDA
+graph (cuda_decoding.py), which stays for the next rollout where there is memory (room.py).
 Between two turns of an episode (turns.py) a slot reads what it is told, token by token, beside those that write.
 A completion does not depend on its neighbours, on its slot or on how many slots there are (token_choice.py). The
 model's own generation_config is not read, but for the end tokens.

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import replace
 from unittest.mock import patch
@@ -69,9 +70,14 @@ def decode(made, slots: int = 16) -> dict:
             decoder.step()
             with Watch() as step:
                 decoder.step()
+            times = []
+            for _ in range(12):
+                started = time.process_time()
+                decoder.step()
+                times.append(time.process_time() - started)
             graph = decoder.runner.capture(decoder.step)
         found[name] = {"layout": type(decoder.attention).__name__, "kernels": step.kernels, "waits": step.waits,
-                       "captured": graph is not None}  # fmt: skip
+                       "captured": graph is not None, "host_ms": round(1000 * min(times), 1)}  # fmt: skip
     return found
 
 
