@@ -278,7 +278,16 @@ def test_a_decoder_that_is_kept_gives_what_a_new_one_gives_and_captures_nothing_
     assert moved[0][0] > 2 and all(one is decoder for _, one in moved)
     assert sum(count for count, _ in moved) == len(decoder.runner.graphs), "no size is captured twice"
     assert sum(count for count, _ in moved[1:]) < len(captures) // 3
-    for change in ({"temperature": 0.5}, {"new": 20}, {"samples": 2}, {"problems": make_prompts((15, 2))}):
+    assert decoder.attention.capacity % decoder.attention.width_step == 0, (
+        "not that of its first prompts, to round alike"
+    )
+    for change in (
+        {"problems": make_prompts((40, 2))},
+        {"temperature": 0.5},
+        {"new": 20},
+        {"samples": 2},
+        {"problems": make_prompts((15, 2))},
+    ):
         both(**({"problems": first} | change))
         assert kept.decoder is not decoder
         decoder = kept.decoder
@@ -325,6 +334,19 @@ def test_an_evaluation_keeps_nothing_for_the_training_after_it(monkeypatch):
     assert go(-1, 12) is None
     waves = go(2, 12, 2)  # two prompts at a time
     assert len(waves.prompt_lengths) == 2 and go(3, 12) is waves and rooms.sizes == {"6 x 3": (12, 2)}
+
+    again, calls = SlotDecoder.again, []
+
+    def no_memory(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        again(self, *arguments)
+
+    monkeypatch.setattr(SlotDecoder, "again", no_memory)
+    assert go(4, 12) is not waves and rooms.sizes == {"6 x 3": (12, 2)}, (
+        "without what was kept there is as much as before"
+    )
 
 
 def test_a_rollout_that_fails_keeps_nothing_and_neither_does_one_without_graphs(monkeypatch):
