@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from src.engine import MemoryEfficientAdamW, kernels, optim
+from src.engine import MemoryEfficientAdamW, kernels, optim, optim_loop
 from src.engine.optim import build_optimizer
 from src.engine.optim_chunks import CHUNK_ELEMENTS, coefficients
 from src.engine.optim_codes import BLOCK, decode_8bit, decode_master, decoded, encode_8bit, encode_master, encoded
@@ -583,6 +584,13 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton co
 KERNELS = "cuda" if torch.cuda.is_available() else "cpu"  # where it runs: on a CPU, interpreted
 
 
+@pytest.fixture
+def triton_everywhere(monkeypatch):
+    """Its kernel also on a CPU, in place of the loop in C."""
+    kernel = optim.kernel
+    monkeypatch.setattr(optim, "kernel", lambda device: kernel(torch.device("cuda")))
+
+
 def step_by_step(weights, gradients, momenta, variances, _, counts, *, lr, beta1, beta2, weight_decay, eps, **options):
     """torch's fused AdamW with every operation rounded by itself, and correctly."""
     for weight, gradient, m, v, count in zip(weights, gradients, momenta, variances, counts, strict=True):
@@ -595,6 +603,7 @@ def step_by_step(weights, gradients, momenta, variances, _, counts, *, lr, beta1
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.usefixtures("triton_everywhere")
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_steps_as_the_plain_path_to_the_bit(dtype, bits, monkeypatch):
@@ -624,6 +633,7 @@ def test_the_kernel_steps_as_the_plain_path_to_the_bit(dtype, bits, monkeypatch)
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.usefixtures("triton_everywhere")
 @every_format
 def test_with_torchs_own_arithmetic_only_the_last_bits_of_a_master_may_differ(bits):
     ours = []
@@ -645,6 +655,7 @@ def test_with_torchs_own_arithmetic_only_the_last_bits_of_a_master_may_differ(bi
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.usefixtures("triton_everywhere")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, math.nan])
 def test_the_kernel_keeps_what_is_finite_and_shows_what_is_not(scale):
@@ -659,6 +670,7 @@ def test_the_kernel_keeps_what_is_finite_and_shows_what_is_not(scale):
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.usefixtures("triton_everywhere")
 @pytest.mark.parametrize("fault", [None, "no compiler", "another rate"])
 def test_the_kernel_is_taken_where_its_trial_succeeds(fault, monkeypatch, caplog):
     from src.engine import optim_kernel
@@ -685,6 +697,88 @@ def test_the_kernel_is_taken_where_its_trial_succeeds(fault, monkeypatch, caplog
     assert len(caplog.records) == bool(fault) and "many lines" not in caplog.text
     if fault:
         assert "the optimizer steps without Triton's kernel" in caplog.text
+
+
+# --- the loop in C ------------------------------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+EVEN = [(48, 5), (304,), (16,), (64, 128)]  # torch's kernel rounds what is left of its vectors otherwise
+
+
+@needs_compiler
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loop_steps_as_the_plain_path_to_the_bit(dtype, bits, monkeypatch):
+    """With torch's own arithmetic; also where pieces are cut, silent, loud or without a gradient, back and forth."""
+    monkeypatch.setattr(torch.Tensor, "sqrt_", lambda x: x.copy_(x.double().sqrt()))  # MKL's is not rounded correctly
+    results = []
+    for way, threads, chunk_elements, beta1 in (
+        ("plain", 1, None, 0.8), ("loop", 1, None, 0.8), ("both", 2, 5 * BLOCK, 0.8),
+        ("plain", 1, None, 0.3), ("loop", 2, None, 0.3),
+    ):  # fmt: skip
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        parameters = make_parameters(dtype, EVEN)
+        optimizer = MemoryEfficientAdamW(parameters, lr=1e-2, weight_decay=0.1, betas=(beta1, 0.95), **bits)
+        optimizer.chunk_elements = chunk_elements
+        generator = torch.Generator().manual_seed(1)
+        for step in range(30):
+            optimizer.has_kernel = way == "loop" or (way == "both" and step % 3 > 0)
+            for index, parameter in enumerate(parameters):
+                scale = 10.0 ** torch.randint(-9, 4, parameter.shape, generator=generator) * (step != 3)
+                gradient = (torch.randn(parameter.shape, generator=generator) * scale).to(dtype)
+                parameter.grad = None if (step, index) == (2, 1) else gradient
+            optimizer.step()
+        results.append(parameters + [value for p in parameters for value in optimizer.state[p].values()])
+    for loop, plain in ((1, 0), (2, 0), (4, 3)):
+        assert same_bits(results[loop], results[plain])
+    assert not same_bits(parameters, make_parameters(dtype, EVEN))
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, math.nan])
+def test_the_loop_keeps_what_is_finite_and_shows_what_is_not_in_any_length(scale):
+    """As the plain path does, but for the last bits of a master."""
+    masters = []
+    for has_kernel in (False, True):
+        torch.manual_seed(0)
+        parameters = make_parameters()
+        optimizer = MemoryEfficientAdamW(parameters, lr=1e-3)
+        optimizer.has_kernel = has_kernel
+        steps(optimizer, parameters, 3, scale=scale)
+        masters.append(optimizer.master_weights())
+    for plain, loop in zip(*masters, strict=True):
+        assert bool(loop.isnan().all()) if math.isnan(scale) else bool(loop.isfinite().all())
+        torch.testing.assert_close(loop, plain, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", [None, "no compiler", "a compiler that fails", "another rate", "odd", "small", "32"])
+def test_the_loop_is_taken_for_large_parameters_where_it_can_be_compiled_and_its_trial_succeeds(
+    fault, monkeypatch, caplog, tmp_path
+):
+    if fault in ("no compiler", "a compiler that fails"):
+        monkeypatch.setenv("PATH", str(tmp_path))
+    if fault == "a compiler that fails":
+        (tmp_path / "cc").write_text("#!/bin/sh\necho it is out of order >&2\nexit 1\n")
+        (tmp_path / "cc").chmod(0o755)
+    if fault == "another rate":
+        plain = optim_loop.step_chunk
+        monkeypatch.setattr(optim_loop, "step_chunk", lambda bits, factors, *rest: plain(bits, factors * 1.2, *rest))
+    monkeypatch.setattr(optim, "WORTH_COMPILING", 2**14 if fault == "small" else 2**13)
+    optim_loop.compiled.cache_clear()
+    optim.kernel_works.cache_clear()
+    dtype, state_bits = (torch.float32, 32) if fault == "32" else (torch.bfloat16, 8)
+    parameters = make_parameters(dtype, [*EVEN, (17,)] if fault == "odd" else EVEN)
+    optimizer = MemoryEfficientAdamW(parameters, lr=1e-2, state_bits=state_bits)
+    with caplog.at_level(logging.WARNING, "grpo"):
+        steps(optimizer, parameters, 2)
+    optim_loop.compiled.cache_clear()
+    optim.kernel_works.cache_clear()
+    assert [has_scratch for _, has_scratch in optimizer.workspaces] == [bool(fault)]
+    told = fault in ("a compiler that fails", "another rate")
+    assert len(caplog.records) == told and ("the optimizer steps without its loop in C" in caplog.text) == told
+    assert ("it is out of order" in caplog.text) == (fault == "a compiler that fails")
 
 
 # --- several processes --------------------------------------------------------------------------------------------

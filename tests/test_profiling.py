@@ -1,6 +1,7 @@
 """--profile: exclusive times that add up, FLOPs and bytes against arithmetic, and steps that stay what they were."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from test_sampler import make_prompts, sample
 from src import commands
 from src.commands import run_profile
 from src.config import ConfigError
-from src.engine import profiling, scoring
+from src.engine import MemoryEfficientAdamW, profiling, scoring
 from src.engine.profiling import Profile, measured, phase, table, three_digits
 from src.engine.scoring import score
 from src.prepare import prepare
@@ -219,6 +220,20 @@ def test_the_step_that_is_counted_is_the_step_that_is_not(monkeypatch):
     plain, timed, counted = metrics
     assert timed == plain
     assert counted == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_what_the_optimizers_loop_in_c_moves_is_counted_though_torch_does_not_see_it():
+    weight = torch.nn.Parameter(torch.randn(64, 128, dtype=torch.bfloat16))
+    weight.grad = torch.randn_like(weight)
+    optimizer = MemoryEfficientAdamW([weight])
+    optimizer.has_kernel = True
+    step = phase("optimizer")(lambda: optimizer.step() or 1)
+    states = sum(state.nbytes for name, state in optimizer.state[weight].items() if name != "step")
+    read_once_written_once = 3 * weight.nbytes + 2 * states  # the gradient is only read
+    assert measured(step, CPU, counting=False)[0].moved["optimizer"] == 0
+    moved = measured(step, CPU, counting=True)[0].moved["optimizer"]
+    assert read_once_written_once <= moved < 1.01 * read_once_written_once
 
 
 def test_the_table_is_arithmetic():

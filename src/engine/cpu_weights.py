@@ -66,10 +66,12 @@ def gathered(model) -> list[list[nn.Linear]]:
     return groups + [[module] for module in single if module not in seen]
 
 
-def has_products() -> bool:
-    """Whether this processor multiplies in bf16: of x86 those with AVX-512 and a few more, not with AVX2 alone."""
+def has_products(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether this processor multiplies so: in bf16 of x86 those with AVX-512 and a few more, not with AVX2 alone."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return X86 and torch.backends.mkldnn.is_available() and supported is not None and supported()
+    if not X86 or not torch.backends.mkldnn.is_available() or supported is None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and supported())
 
 
 def applies(model, free: float) -> bool:
@@ -77,9 +79,8 @@ def applies(model, free: float) -> bool:
     plain = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
     return (
         model.device.type == "cpu"
-        and model.dtype == torch.bfloat16
         and plain
-        and has_products()
+        and has_products(model.dtype)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and 4 * sum(parameter.nbytes for parameter in model.parameters()) < free
     )

@@ -2,8 +2,8 @@
 
 A step walks over the parameters in flat chunks: decode the chunk to fp32 scratch, let torch's own fused
 AdamW kernel do the arithmetic there, encode it again. So the mathematics is `torch.optim.AdamW(fused=True)` by
-construction (on a GPU by trial: there optim_kernel.py does all of it at once), and memory options change only how a
-number is stored between two steps:
+construction, and memory options change only how a number is stored between two steps. Where they can be compiled, and a
+trial succeeds, optim_kernel.py (on a GPU) and optim_loop.c (on a CPU) do all of it at once:
 
   master   fp32 bits = (bf16 parameter's bits << 16) + signed correction, int16 (exact) or int8 (24-bit master)
   state 16 bf16 moments
@@ -22,6 +22,7 @@ by 2-7% at beta2 = 0.99 and 5-13% at 0.999 for elements within a tenth of their 
 Left out: amsgrad, maximize, sparse gradients, fp16 parameters, capturing the step in a CUDA graph.
 """
 
+import shutil
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from src.engine import optim_loop
 from src.engine.distributed import gather
 from src.engine.kernels import wanted, works
 from src.engine.optim_chunks import (
@@ -46,9 +48,11 @@ from src.engine.optim_codes import (
     decoded,
     encoded,
 )
+from src.engine.optim_loop import EVEN
 from src.engine.sharding import like, local
 
 TRIAL_RATE = 0.01
+WORTH_COMPILING = 2**22  # elements; a step of them takes some 20 ms without
 
 
 def placed_like(parameter: DTensor, state: Tensor) -> Tensor:
@@ -150,7 +154,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
 
     def _step_shard(self, group: dict, shard: Shard) -> None:
         bits = self.master_bits if shard.dtype == torch.bfloat16 else 0  # 0: a weight is its own master
-        kernel = self.kernel_for(shard.device, bits)
+        kernel = self.kernel_for(shard, bits)
         room = CHUNK_ELEMENTS[shard.device.type] if kernel is None else STAGED_ELEMENTS if shard.staged else shard.total
         size = min(self.chunk_elements or room, shard.total)
         kind = (shard.device, kernel is None)
@@ -172,11 +176,13 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         for chunk in streamed(shard.chunks, work.copier) if shard.staged else shard.chunks:
             step(group, chunk, [gradients[index][first:last] for index, first, last in chunk.pieces])
 
-    def kernel_for(self, device: torch.device, bits: int) -> Callable | None:
+    def kernel_for(self, shard: Shard, bits: int) -> Callable | None:
         """What steps a chunk there in place of `step_chunk`, where it works."""
         if self.has_kernel is None:  # not yet given
-            return kernel() if wanted(device) and kernel_works(device, bits, self.state_bits) else None
-        return kernel() if self.has_kernel else None
+            packed = self.state_bits < 32 or bits > 0  # else torch's own is all that the plain path calls
+            tried = wanted(shard.device) or (packed and loop_wanted(shard))
+            return kernel(shard.device) if tried and kernel_works(shard.device, bits, self.state_bits) else None
+        return kernel(shard.device) if self.has_kernel else None
 
     def state_dict(self):
         """torch's form: tensors and plain numbers. The tensors are views of the states, not copies.
@@ -246,8 +252,16 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                 work.copier.synchronize()
 
 
-def kernel() -> Callable:
-    """A chunk's step in one kernel a parameter."""
+def loop_wanted(shard: Shard) -> bool:
+    """Whether to try the loop in C: where it can be compiled, saves more than that takes, and gives the same bits."""
+    large = shard.device.type == "cpu" and shard.total >= WORTH_COMPILING
+    return large and shutil.which("cc") is not None and all(one.numel() % EVEN == 0 for one in shard.parameters)
+
+
+def kernel(device: torch.device) -> Callable:
+    """A chunk's step in one kernel a parameter, or on a CPU in one loop."""
+    if device.type == "cpu":
+        return optim_loop.step_chunk
     from src.engine.optim_kernel import step_chunk  # here, because only torch's CUDA build brings triton
 
     return step_chunk
@@ -274,7 +288,8 @@ def kernel_works(device: torch.device, bits: int, state_bits: int) -> bool:
             torch.testing.assert_close(fused, plain, atol=0.05 * TRIAL_RATE, rtol=1e-4)
 
     # all processes alike: their replicas must not differ by a rounding
-    return all(gather(works("the optimizer steps without Triton's kernel", trial)))
+    name = "its loop in C" if kernel(device) is optim_loop.step_chunk else "Triton's kernel"
+    return all(gather(works(f"the optimizer steps without {name}", trial)))
 
 
 def check_group(group: dict) -> None:

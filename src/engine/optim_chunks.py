@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from src.engine.optim_codes import (
+    BLOCK,
     decode_8bit,
     decode_master,
     encode_8bit,
@@ -28,7 +29,7 @@ class Workspace:
     def __init__(self, device: torch.device, size: int, has_scratch: bool):
         self.device, self.size, self.has_scratch = device, size, has_scratch
         phases = torch.randint(PHASES, (PHASES,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-        self.phases = phases.to(device)  # [PHASES]
+        self.phases = torch.cat((phases, phases[:BLOCK])).to(device)  # [PHASES + BLOCK]: a block needs not look behind
         self.updates = -1
         self.slots: dict[tuple, list[dict[str, Tensor]]] = {}
         self.copier = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -39,7 +40,7 @@ class Workspace:
         """Four fp32 buffers, and the dither of the current update."""
         device = self.device
         self.master, self.gradient, self.momentum, self.variance = torch.zeros(4, size, device=device)  # [size] each
-        self.phases = self.phases.repeat(-(-size // PHASES) + 1)[: PHASES + size]  # [PHASES + size]
+        self.phases = self.phases[:PHASES].repeat(-(-size // PHASES) + 1)[: PHASES + size]  # [PHASES + size]
         self.dither16 = torch.zeros_like(self.phases)  # [PHASES + size] dither in 1/65536 of a unit
         self.dither8 = torch.zeros_like(self.phases)  # [PHASES + size] the same in 1/256 of a unit
         self.dither_unit = torch.zeros(self.phases.shape, device=device)  # [PHASES + size] the same in units

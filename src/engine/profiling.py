@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -149,6 +149,12 @@ class Counter(TorchDispatchMode):
             taken.flops[name] += flops_of(*args, **kwargs, out_val=result) if flops_of else 0
             taken.moved[name] += bytes_moved(func, args, kwargs, result)
         return result
+
+
+def moves(read: Sequence[Tensor], updated: Sequence[Tensor]) -> None:
+    """Count the bytes of a loop that torch does not see."""
+    if taken is not None and is_in_torch_dispatch_mode():
+        taken.moved[taken.stack[-1]] += sum(map(size, read)) + 2 * sum(map(size, updated))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
