@@ -60,6 +60,7 @@ def test_whole_steps_go_on_in_a_card_that_is_too_small_for_the_longest_pass():
         assert 5 < found[f"rollout {step}"][0] < 12 and 8 < found[f"update {step}"][0] < 12, found
 
 
+@pytest.mark.slow  # what is kept is tested in test_decoding.py, and what is captured above
 def test_where_there_is_memory_for_both_a_rollout_captures_what_the_next_one_repeats():
     found = on_stand_in("fits.py", "0.5b", "qwen2.5-0.5b", gib=40)
     first, second = found["captures"]

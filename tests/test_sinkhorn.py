@@ -81,7 +81,7 @@ def test_plan_cost_and_value_match_pot(problems):
 
 
 @tapered
-@cases("window", [0, 2, 5, 100])
+@cases("window", [0, 2, 100])
 def test_band_matches_pot_on_a_masked_dense_cost(window, taper):
     lengths = [9, 1, 20, 4, 14, 6]  # a narrow band mixes slowly along its length: many iterations
     policy, anchor = random_path(sum(lengths), 5, seed=3, common=0.5), random_path(sum(lengths), 5, seed=4, common=0.5)

@@ -110,7 +110,11 @@ def test_maxent_without_a_reference_weight_trains_and_seed_grpo_reads_answers_as
     assert len(asked) == 24, "every completion of the step"
 
 
-@pytest.mark.parametrize("loss_type", ["none", "kl", "approx_kl", "ot", "maxent", "listwise_kl", "{kl: 0.02, ot: 0.1}"])
+ONE_OF_EACH_KIND = ["none", "maxent", "listwise_kl", "{kl: 0.02, ot: 0.1}"]
+ALL_ALONE = [pytest.param(name, marks=pytest.mark.slow) for name in ("kl", "approx_kl", "ot")]
+
+
+@pytest.mark.parametrize("loss_type", [*ONE_OF_EACH_KIND, *ALL_ALONE])
 def test_every_loss_type_trains_on_the_embedded_model(loss_type):
     """A few steps at the real settings, smaller: the sampled reward rises, and no number is missing or infinite."""
     overrides = [
