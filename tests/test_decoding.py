@@ -184,7 +184,7 @@ def test_in_bf16_a_cpu_merges_two_parts_with_a_smaller_error():
     assert merged < 0.9 * grouped < 0.002
 
 
-@pytest.mark.parametrize("case, slots", [("ragged", 1), *((case, slots) for case in CASES for slots in (7, 64))])
+@pytest.mark.parametrize("case, slots", [("ragged", 1), ("ragged", 64), *((case, 7) for case in CASES)])
 def test_every_way_to_decode_gives_the_same_completions(mode, case, slots):
     expected = reference(case, slots)
     mode()

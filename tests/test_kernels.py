@@ -26,8 +26,7 @@ def numbers(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, torch.arange(rows, device=DEVICE) % 7
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float32), (0.6, torch.bfloat16)])
 @pytest.mark.parametrize("vocabulary", [2, 61, 256, 257, 5000])
 def test_they_choose_what_the_plain_code_chooses(vocabulary, temperature, dtype):
     generator = torch.Generator().manual_seed(vocabulary)
