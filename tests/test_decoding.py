@@ -208,7 +208,7 @@ def test_episodes_that_fail_are_left_out_and_harm_no_other(monkeypatch, mode, sl
 
 @pytest.mark.parametrize("mode", ["grouped", *MODES], indirect=True)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "granite"])
-@pytest.mark.parametrize("slots", [5, 64])
+@pytest.mark.parametrize("slots", [5, pytest.param(64, marks=pytest.mark.slow)])
 def test_logprobs_equal_the_trainers_and_greedy_equals_generate(mode, name, slots):
     packed, plain = make_pair(name)
     mode()
