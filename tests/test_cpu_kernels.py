@@ -76,6 +76,11 @@ def bf16_model(request):
     return make_pair(request.param)[0].to(torch.bfloat16)
 
 
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    monkeypatch.setitem(cpu_weights.SMALLEST, torch.float32, 0)
+
+
 def has(dtype: torch.dtype):
     """A test that needs weights in the order of the processor."""
     reason = f"this processor has no products in {dtype}"
@@ -101,6 +106,7 @@ def test_what_is_sampled_has_the_trainers_logprobs(bf16_model):
 
 
 @every_dtype
+@pytest.mark.usefixtures("small_ones_too")
 def test_what_is_sampled_by_reordered_weights_has_the_trainers_logprobs_also_after_an_update(bf16_model, dtype):
     model = bf16_model.to(dtype)
     assert cpu_weights.applies(model, 1e12)
@@ -112,6 +118,7 @@ def test_what_is_sampled_by_reordered_weights_has_the_trainers_logprobs_also_aft
 
 
 @every_dtype
+@pytest.mark.usefixtures("small_ones_too")
 def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_model, dtype):
     bf16_model.to(dtype)
     layers = [module for module in bf16_model.modules() if isinstance(module, torch.nn.Linear)]
@@ -139,6 +146,7 @@ def test_siblings_are_multiplied_once_and_every_linear_layer_is_replaced(bf16_mo
 
 
 @every_dtype
+@pytest.mark.usefixtures("small_ones_too")
 def test_reordering_is_left_out_where_memory_is_short_and_an_error_takes_the_copies_away(bf16_model, dtype):
     bf16_model.to(dtype)
     with pytest.raises(ZeroDivisionError), in_order_of_the_processor(bf16_model, 4, 1e12):
@@ -148,9 +156,12 @@ def test_reordering_is_left_out_where_memory_is_short_and_an_error_takes_the_cop
     assert cpu_weights.applies(bf16_model, 1e12)
     assert not cpu_weights.applies(bf16_model, 3 * sum(p.nbytes for p in bf16_model.parameters()))
     assert not cpu_weights.applies(bf16_model.double(), 1e12)
+    cpu_weights.SMALLEST[torch.float32] = 2**25
+    assert not cpu_weights.applies(bf16_model.float(), 1e12), "one that a cache holds"
 
 
 @every_dtype
+@pytest.mark.usefixtures("small_ones_too")
 def test_an_adapters_base_layers_are_reordered_one_by_one(dtype):
     from src.engine.lora import add_adapter  # here, because it imports peft
 

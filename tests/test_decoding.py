@@ -18,7 +18,7 @@ from test_sampler import EOS, TOKENIZER, make_prompts, sample, settings, tokens_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src.engine import cpu_weights, cuda_decoding, room, sampler
+from src.engine import cuda_decoding, room, sampler
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention
 from src.engine.packing import pack
@@ -112,7 +112,6 @@ def mode(request, monkeypatch):
             monkeypatch.setattr(sampler, "layout_for", lambda model: MergedAttention)
         elif "captured" in request.param:
             monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
-            monkeypatch.setattr(cpu_weights, "applies", lambda *_: False)  # nor is it on a GPU
             monkeypatch.setattr(PaddedAttention, "width_step", 8)
             monkeypatch.setattr(StepRunner, "capture", record)
 

@@ -1,4 +1,4 @@
-"""Weights in the order in which a CPU multiplies them in bf16, for the time of a rollout.
+"""Weights in the order in which a CPU multiplies them, for the time of a rollout.
 
 A decode step multiplies few rows with every weight, and torch brings each weight into that order anew each time, which
 takes as long as the product. Here it is done once for each wave of prompts (30 to 50 ms for 135M parameters, and as
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from src.engine.models import Float32Head
 
+SMALLEST = {
+    torch.bfloat16: 0,
+    torch.float32: 2**25,
+}  # bytes of weights: in fp32 torch is as fast while a cache holds them
 X86 = platform.machine() in ("x86_64", "AMD64")
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other on the same tensor
 
@@ -77,12 +81,13 @@ def has_products(dtype: torch.dtype = torch.bfloat16) -> bool:
 def applies(model, free: float) -> bool:
     """Whether this machine has these products, and memory (`free` bytes) for the weights a second time."""
     plain = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
+    size = sum(parameter.nbytes for parameter in model.parameters())
     return (
         model.device.type == "cpu"
         and plain
         and has_products(model.dtype)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and 4 * sum(parameter.nbytes for parameter in model.parameters()) < free
+        and SMALLEST[model.dtype] <= size < free / 4
     )
 
 
