@@ -753,33 +753,66 @@ def test_the_loop_keeps_what_is_finite_and_shows_what_is_not_in_any_length(scale
         torch.testing.assert_close(loop, plain, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.fixture
+def new_loop(monkeypatch):
+    """It is compiled and tried anew, also for few parameters."""
+    monkeypatch.setattr(optim, "WORTH_COMPILING", 2**13)
+    found = optim_loop.compiled, optim.kernel_works
+    for one in found:
+        one.cache_clear()
+    yield
+    for one in found:
+        one.cache_clear()
+
+
+COMPILERS = {"that fails": "it is out of order", "without memory": "cc1: out of memory allocating 65536 bytes"}
+
+
 @needs_compiler
-@pytest.mark.parametrize("fault", [None, "no compiler", "a compiler that fails", "another rate", "odd", "small", "32"])
+@pytest.mark.usefixtures("new_loop")
+@pytest.mark.parametrize(
+    "fault", [None, "no compiler", *COMPILERS, "another rate", "odd", "small", "fp32", "another process"]
+)
 def test_the_loop_is_taken_for_large_parameters_where_it_can_be_compiled_and_its_trial_succeeds(
     fault, monkeypatch, caplog, tmp_path
 ):
-    if fault in ("no compiler", "a compiler that fails"):
+    if fault in ("no compiler", *COMPILERS):
         monkeypatch.setenv("PATH", str(tmp_path))
-    if fault == "a compiler that fails":
-        (tmp_path / "cc").write_text("#!/bin/sh\necho it is out of order >&2\nexit 1\n")
+    if fault in COMPILERS:
+        (tmp_path / "cc").write_text(f"#!/bin/sh\necho {COMPILERS[fault]} >&2\nexit 1\n")
         (tmp_path / "cc").chmod(0o755)
     if fault == "another rate":
         plain = optim_loop.step_chunk
         monkeypatch.setattr(optim_loop, "step_chunk", lambda bits, factors, *rest: plain(bits, factors * 1.2, *rest))
-    monkeypatch.setattr(optim, "WORTH_COMPILING", 2**14 if fault == "small" else 2**13)
-    optim_loop.compiled.cache_clear()
-    optim.kernel_works.cache_clear()
-    dtype, state_bits = (torch.float32, 32) if fault == "32" else (torch.bfloat16, 8)
+    if fault == "small":
+        monkeypatch.setattr(optim, "WORTH_COMPILING", 2**14)
+    if fault == "another process":  # whose slice does not fit: else one would wait for the trial of the other
+        monkeypatch.setattr(optim, "gather", lambda mine: [mine, False])
+        monkeypatch.setattr(optim, "kernel_works", lambda *_: 1 / 0)
+    dtype, state_bits = (torch.float32, 32) if fault == "fp32" else (torch.bfloat16, 8)
     parameters = make_parameters(dtype, [*EVEN, (17,)] if fault == "odd" else EVEN)
     optimizer = MemoryEfficientAdamW(parameters, lr=1e-2, state_bits=state_bits)
     with caplog.at_level(logging.WARNING, "grpo"):
         steps(optimizer, parameters, 2)
-    optim_loop.compiled.cache_clear()
-    optim.kernel_works.cache_clear()
     assert [has_scratch for _, has_scratch in optimizer.workspaces] == [bool(fault)]
-    told = fault in ("a compiler that fails", "another rate")
+    told = fault in (*COMPILERS, "another rate")
     assert len(caplog.records) == told and ("the optimizer steps without its loop in C" in caplog.text) == told
-    assert ("it is out of order" in caplog.text) == (fault == "a compiler that fails")
+    assert COMPILERS.get(fault, "") in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float32])
+def test_the_loop_takes_gradients_of_any_dtype(dtype):
+    masters = []
+    for has_kernel in (False, True):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 304).bfloat16())
+        parameter.grad_dtype = dtype
+        parameter.grad = torch.linspace(2, -3, 304).to(dtype)
+        optimizer = MemoryEfficientAdamW([parameter], lr=1e-2, master_bits=32, state_bits=32)
+        optimizer.has_kernel = has_kernel
+        optimizer.step()
+        masters += optimizer.master_weights()
+    assert torch.equal(*masters)
 
 
 # --- several processes --------------------------------------------------------------------------------------------

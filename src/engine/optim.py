@@ -22,13 +22,13 @@ by 2-7% at beta2 = 0.99 and 5-13% at 0.999 for elements within a tenth of their 
 Left out: amsgrad, maximize, sparse gradients, fp16 parameters, capturing the step in a CUDA graph.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from src.engine import optim_loop
 from src.engine.distributed import gather
@@ -179,10 +179,16 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
     def kernel_for(self, shard: Shard, bits: int) -> Callable | None:
         """What steps a chunk there in place of `step_chunk`, where it works."""
         if self.has_kernel is None:  # not yet given
-            packed = self.state_bits < 32 or bits > 0  # else torch's own is all that the plain path calls
-            tried = wanted(shard.device) or (packed and loop_wanted(shard))
+            tried = wanted(shard.device) or (shard.device.type == "cpu" and self._wants_loop(shard, bits))
             return kernel(shard.device) if tried and kernel_works(shard.device, bits, self.state_bits) else None
         return kernel(shard.device) if self.has_kernel else None
+
+    def _wants_loop(self, shard: Shard, bits: int) -> bool:
+        """Whether to try the loop in C: one answer for all processes, whose slices of a parameter differ in size."""
+        if shard.wants_loop is None:
+            packed = self.state_bits < 32 or bits > 0  # else the plain path is nothing but torch's own kernel
+            shard.wants_loop = all(gather(packed and loop_fits(shard)))
+        return shard.wants_loop
 
     def state_dict(self):
         """torch's form: tensors and plain numbers. The tensors are views of the states, not copies.
@@ -252,10 +258,10 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                 work.copier.synchronize()
 
 
-def loop_wanted(shard: Shard) -> bool:
-    """Whether to try the loop in C: where it can be compiled, saves more than that takes, and gives the same bits."""
-    large = shard.device.type == "cpu" and shard.total >= WORTH_COMPILING
-    return large and shutil.which("cc") is not None and all(one.numel() % EVEN == 0 for one in shard.parameters)
+def loop_fits(shard: Shard) -> bool:
+    """Whether the loop in C saves more than its compilation takes, gives the same bits, and can be compiled."""
+    even = all(one.numel() % EVEN == 0 for one in shard.parameters)
+    return even and shard.total >= WORTH_COMPILING and optim_loop.compiled() is not None
 
 
 def kernel(device: torch.device) -> Callable:
@@ -289,7 +295,8 @@ def kernel_works(device: torch.device, bits: int, state_bits: int) -> bool:
 
     # all processes alike: their replicas must not differ by a rounding
     name = "its loop in C" if kernel(device) is optim_loop.step_chunk else "Triton's kernel"
-    return all(gather(works(f"the optimizer steps without {name}", trial)))
+    with _disable_current_modes():  # else --profile would count it
+        return all(gather(works(f"the optimizer steps without {name}", trial)))
 
 
 def check_group(group: dict) -> None:

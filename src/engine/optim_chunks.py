@@ -140,6 +140,7 @@ class Shard:
         self.steps = torch.zeros(len(parameters), device=self.device)  # [parameters]
         self.active = torch.zeros(len(parameters), device=self.device)  # [parameters] 1 where there is a gradient
         self.addresses: tuple[int, ...] = ()
+        self.wants_loop: bool | None = None  # not asked yet
         self.work: Workspace | None = None
         self.chunks: list[Chunk] = []
 

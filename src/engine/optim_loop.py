@@ -5,8 +5,10 @@ MKL's is not: of 8-bit moments the last bit of a scale may differ, and hence a c
 """
 
 import ctypes
+import logging
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from src.engine.cpu_weights import X86
 from src.engine.optim_chunks import PHASES, Chunk
 from src.engine.optim_codes import BLOCK, LARGEST_BITS, LARGEST_ROOT, SMALLEST_SCALE, ratio_limit
 from src.engine.profiling import moves
 
+logger = logging.getLogger("grpo")
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-PROCESSORS = (("-march=native", "-fopenmp"), ("-mcpu=native",))  # the second for a Mac's compiler, without threads
+FLAGS = ["-O3", "-march=native" if X86 else "-mcpu=native", "-fPIC",
+         "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
+THREADS = [] if sys.platform == "darwin" else ["-fopenmp"]  # the compiler of a Mac knows no OpenMP
 EVEN = 16  # torch's kernel steps what is left of a multiple of its vectors in another order of rounding
 
 
@@ -38,28 +43,29 @@ class Step(ctypes.Structure):
 
 
 @cache
-def compiled() -> ctypes.CDLL:
-    """The loop for this processor; in a second, once a process. Its threads are torch's own, whose OpenMP is loaded."""
+def compiled() -> ctypes.CDLL | None:
+    """The loop for this processor; in a second, once a process. None where that fails, which a line tells."""
     compiler = shutil.which("cc")
     if compiler is None:
-        raise OSError("there is no C compiler")
-    problem = ""
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        for flags in PROCESSORS:
-            made, target = f"{folder}/loop.o", f"{folder}/loop{flags[0]}.so"
-            try:
-                subprocess.run([compiler, *FLAGS, *flags, "-c", SOURCE, "-o", made], check=True, capture_output=True)
-                # linked without -fopenmp, which would bring threads beside torch's
-                subprocess.run([compiler, "-shared", made, "-o", target], check=True, capture_output=True)
-                return ctypes.CDLL(target)
-            except (OSError, subprocess.CalledProcessError) as error:
-                output = getattr(error, "stderr", b"").decode(errors="replace").strip()
-                problem = problem or output or str(error)
-    raise OSError(problem)
+        made, target = f"{folder}/loop.o", f"{folder}/loop.so"
+        try:
+            # linked without -fopenmp, which would bring threads beside torch's
+            for words in ([*FLAGS, *THREADS, "-c", str(SOURCE), "-o", made], ["-shared", made, "-o", target]):
+                subprocess.run([compiler, *words], check=True, capture_output=True, timeout=60)
+            return ctypes.CDLL(target)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+            logger.warning(f"the optimizer steps without its loop in C, which is slower: {said.splitlines()[0]}")
+            return None
 
 
 def step_chunk(bits: int, factors: Tensor, group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
     """As in optim_kernel.py."""
+    loop = compiled()
+    assert loop is not None
+    gradients = [one if one.dtype in (torch.bfloat16, torch.float32) else one.float() for one in gradients]
     beta1, beta2 = group["betas"]
     layout, work = chunk.states, chunk.work
     state = 8 if "momentum_scale" in layout else 8 * layout["momentum"].element_size()
@@ -79,5 +85,5 @@ def step_chunk(bits: int, factors: Tensor, group: dict, chunk: Chunk, gradients:
             ratio_limit=ratio_limit(beta1, beta2), largest_root=LARGEST_ROOT, smallest_scale=SMALLEST_SCALE,
             largest_bits=LARGEST_BITS, short_gradients=gradient.dtype == torch.bfloat16,
         )  # fmt: skip
-        compiled().step(ctypes.byref(what), bits, state)
+        loop.step(ctypes.byref(what), bits, state)
     moves(gradients, [*chunk.weights, *layout.values()])
