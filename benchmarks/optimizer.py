@@ -176,11 +176,20 @@ def measure_bytes() -> dict:
     return result
 
 
+def without_loop(parameters) -> MemoryEfficientAdamW:
+    """24/8 bits by torch's operations one by one, as where there is no C compiler."""
+    optimizer = MemoryEfficientAdamW(parameters)
+    optimizer.has_kernel = False
+    return optimizer
+
+
 def rivals(device: str) -> dict:
     """name -> (constructor, dtype) of everything timed; flashoptim and torchao only where importable."""
     result = {
         "torch fused fp32": (lambda p: torch.optim.AdamW(p, fused=True), torch.float32),
         "32 bits, fp32 weights": (lambda p: MemoryEfficientAdamW(p, state_bits=32), torch.float32),
+        "8 bits, fp32 weights": (MemoryEfficientAdamW, torch.float32),
+        "24/8, operations one by one": (without_loop, torch.bfloat16),
     }
     for name, (master, state) in FORMATS.items():
         result[name] = (
@@ -240,6 +249,7 @@ def main() -> None:
     result["step_time"] = {
         "cpu, 30 tensors, 0.69 M": measure_time("cpu", tiny, rounds),
         "cpu, 12 tensors, 14 M": measure_time("cpu", [(1024, 1152)] * 12, max(3, rounds // 4)),
+        "cpu, 64 tensors, 67 M": measure_time("cpu", [(1024, 1024)] * 64, max(3, rounds // 6)),
     }
     if torch.cuda.is_available():
         result["step_time"]["cuda, 64 tensors, 512 M"] = measure_time("cuda", [(2048, 4096)] * 64, rounds)

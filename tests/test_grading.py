@@ -259,14 +259,14 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(EXPRESSIONS | st.text(alphabet="0123456789+-*/()() \n\t12", max_size=14))
 def test_what_countdown_took_before_it_takes_now_and_of_its_own_signs_only_the_minus_is_new(text):
     before, now = old_verdict(text), verdict_on(text)
     assert now == before or (before is None and re.search(r"(?:^|[-+*/(])\s*-", text.strip())), text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(EXPRESSIONS, st.data())
 def test_another_spelling_has_the_same_verdict(text, data):
     verdict = old_verdict(text)
@@ -296,7 +296,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.lists(PIECES | st.sampled_from(["\\frac{1}{2}", "1+2", "=3", "\\boxed{", "(", ")"]), max_size=12).map("".join)
 )
@@ -326,7 +326,7 @@ def test_no_expression(text):
     assert verdict_on(text) is None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.text(alphabet=st.sampled_from(string.printable + "٣３＋−×÷²½_\x00\u2028\ud800"), max_size=20)
     | st.text(max_size=40)
