@@ -13,7 +13,7 @@ from test_sampler import make_prompts, sample
 from src import commands
 from src.commands import run_profile
 from src.config import ConfigError
-from src.engine import MemoryEfficientAdamW, optim, profiling, scoring
+from src.engine import MemoryEfficientAdamW, optim, optim_loop, profiling, scoring
 from src.engine.profiling import Profile, measured, phase, table, three_digits
 from src.engine.scoring import score
 from src.prepare import prepare
@@ -224,7 +224,7 @@ def test_the_step_that_is_counted_is_the_step_that_is_not(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_what_the_optimizers_loop_in_c_moves_is_counted_though_torch_does_not_see_it_and_its_trial_is_not(monkeypatch):
-    monkeypatch.setattr(optim, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(optim_loop, "WORTH_COMPILING", 0)
     optim.kernel_works.cache_clear()
     for counting in (False, True):
         weight = torch.nn.Parameter(torch.randn(2048, 1024, dtype=torch.bfloat16))

@@ -17,7 +17,7 @@ from src.engine.models import Float32Head
 SMALLEST = {
     torch.bfloat16: 0,
     torch.float32: 2**25,
-}  # bytes of weights: in fp32 torch is as fast while a cache holds them
+}  # bytes of weights; in fp32 torch is as fast where a cache holds them
 X86 = platform.machine() in ("x86_64", "AMD64")
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other on the same tensor
 

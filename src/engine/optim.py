@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from src.engine import optim_loop
 from src.engine.distributed import gather
 from src.engine.kernels import wanted, works
 from src.engine.optim_chunks import (
@@ -48,11 +47,11 @@ from src.engine.optim_codes import (
     decoded,
     encoded,
 )
-from src.engine.optim_loop import EVEN
+from src.engine.optim_loop import loop_fits
+from src.engine.optim_loop import step_chunk as step_in_c
 from src.engine.sharding import like, local
 
 TRIAL_RATE = 0.01
-WORTH_COMPILING = 2**22  # elements; a step of them takes some 20 ms without
 
 
 def placed_like(parameter: DTensor, state: Tensor) -> Tensor:
@@ -258,16 +257,10 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                 work.copier.synchronize()
 
 
-def loop_fits(shard: Shard) -> bool:
-    """Whether the loop in C saves more than its compilation takes, gives the same bits, and can be compiled."""
-    even = all(one.numel() % EVEN == 0 for one in shard.parameters)
-    return even and shard.total >= WORTH_COMPILING and optim_loop.compiled() is not None
-
-
 def kernel(device: torch.device) -> Callable:
     """A chunk's step in one kernel a parameter, or on a CPU in one loop."""
     if device.type == "cpu":
-        return optim_loop.step_chunk
+        return step_in_c
     from src.engine.optim_kernel import step_chunk  # here, because only torch's CUDA build brings triton
 
     return step_chunk
@@ -294,7 +287,7 @@ def kernel_works(device: torch.device, bits: int, state_bits: int) -> bool:
             torch.testing.assert_close(fused, plain, atol=0.05 * TRIAL_RATE, rtol=1e-4)
 
     # all processes alike: their replicas must not differ by a rounding
-    name = "its loop in C" if kernel(device) is optim_loop.step_chunk else "Triton's kernel"
+    name = "its loop in C" if kernel(device) is step_in_c else "Triton's kernel"
     with _disable_current_modes():  # else --profile would count it
         return all(gather(works(f"the optimizer steps without {name}", trial)))
 

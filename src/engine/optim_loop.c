@@ -4,9 +4,7 @@
    loops over a block have a length that a compiler knows, so that it makes vectors of them. */
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
-
-enum { BLOCK = 128, PHASES = 1 << 16 };
+#include <string.h> /* BLOCK and PHASES are those of optim_codes.py and optim_chunks.py, given by optim_loop.py */
 
 typedef struct { /* optim_loop.py has the same */
     void *weights, *gradients, *correction, *momentum, *variance;

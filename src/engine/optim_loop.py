@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from src.engine.cpu_weights import X86
-from src.engine.optim_chunks import PHASES, Chunk
+from src.engine.optim_chunks import PHASES, Chunk, Shard
 from src.engine.optim_codes import BLOCK, LARGEST_BITS, LARGEST_ROOT, SMALLEST_SCALE, ratio_limit
 from src.engine.profiling import moves
 
 logger = logging.getLogger("grpo")
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ["-O3", "-march=native" if X86 else "-mcpu=native", "-fPIC",
+FLAGS = [f"-DBLOCK={BLOCK}", f"-DPHASES={PHASES}", "-O3", "-march=native" if X86 else "-mcpu=native", "-fPIC",
          "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
 THREADS = [] if sys.platform == "darwin" else ["-fopenmp"]  # the compiler of a Mac knows no OpenMP
+WORTH_COMPILING = 2**22  # elements; a step of them takes some 20 ms without
 EVEN = 16  # torch's kernel steps what is left of a multiple of its vectors in another order of rounding
 
 
@@ -59,6 +60,12 @@ def compiled() -> ctypes.CDLL | None:
             said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
             logger.warning(f"the optimizer steps without its loop in C, which is slower: {said.splitlines()[0]}")
             return None
+
+
+def loop_fits(shard: Shard) -> bool:
+    """Whether the loop saves more than its compilation takes, gives the same bits, and can be compiled."""
+    even = all(one.numel() % EVEN == 0 for one in shard.parameters)
+    return even and shard.total >= WORTH_COMPILING and compiled() is not None
 
 
 def step_chunk(bits: int, factors: Tensor, group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
