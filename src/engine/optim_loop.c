@@ -19,7 +19,7 @@ static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); ret
 static inline int32_t bits_of(float x) { int32_t bits; memcpy(&bits, &x, 4); return bits; }
 static inline float limited(float x, float low, float high) { x = x < low ? low : x; return x > high ? high : x; }
 
-/* n elements of a state or a weight, and zeros behind them; a whole block has a length that the compiler knows */
+/* n elements of a state or a weight, and zeros behind them, which hold up no scale; a whole block has a known length */
 static inline void take(void *target, const void *source, int64_t first, int n, int size) {
     const char *place = (const char *)source + first * size;
     if (n == BLOCK) memcpy(target, place, BLOCK * size);
@@ -67,7 +67,6 @@ static inline void as_8bit(const Step *s, float *m, float *v, int64_t block, int
     uint8_t of_v[BLOCK];
     int8_t of_m[BLOCK];
     const float limit = s->ratio_limit;
-    for (int i = n; i < BLOCK; i++) m[i] = v[i] = 0; /* a block's unused end must not hold up its scale */
     for (int i = 0; i < BLOCK; i++) v[i] = limited(sqrtf(v[i]), 0, s->largest_root);
     const float scale_v = s->variance_scale[block] = scale_of(v, (float)(1 / 254.99), s->smallest_scale);
     for (int i = 0; i < BLOCK; i++) {
