@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_decode_loops import HAS_LOOPS
 from test_packing import SHAPE, make_pair
 from test_sampler import EOS, TOKENIZER, make_prompts, sample, settings, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src.engine import cuda_decoding, room, sampler
+from src.engine import cuda_decoding, decode_loops, room, sampler
+from src.engine.cpu_layers import LoopAttention, LoopOperations
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention
 from src.engine.packing import pack
@@ -31,7 +33,8 @@ from src.engine.upload import packed, unpacked, upload
 # where the host waits for the device, or a shape depends on data: isin sorts when there are many, and lift_fresh is
 # torch.tensor(...), which copies to the device
 NOT_IN_A_GRAPH = ("_local_scalar_dense", "nonzero", "unique", "isin", "masked_select", "equal.default", "lift_fresh")
-MODES = ["captured", "captured, flash", "joined for the last", "merged"]
+needs_loops = pytest.mark.skipif(not HAS_LOOPS, reason="there is no AVX2 or no C compiler")
+MODES = ["captured", "captured, flash", "joined for the last", "merged", pytest.param("loops", marks=needs_loops)]
 
 
 class Recording(TorchDispatchMode):
@@ -110,6 +113,8 @@ def mode(request, monkeypatch):
             monkeypatch.setattr(sampler, "FEW", 1000)
         elif request.param == "merged":  # of bf16 on a CPU, here in fp32
             monkeypatch.setattr(sampler, "layout_for", lambda model: MergedAttention)
+        elif request.param == "loops":
+            monkeypatch.setattr(decode_loops, "WORTH_COMPILING", 0)
         elif "captured" in request.param:
             monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
             monkeypatch.setattr(PaddedAttention, "width_step", 8)
@@ -227,11 +232,14 @@ def test_the_modes_above_do_what_they_are_called(mode, monkeypatch):
     joins, steps = count_calls(monkeypatch, sampler, "join"), count_calls(monkeypatch, SlotDecoder, "step")
     replays = count_calls(monkeypatch, Recording, "replay")
     flash = count_calls(monkeypatch, FlashAttention, "arrange")
+    loops = count_calls(monkeypatch, LoopOperations, "feed_forward"), count_calls(monkeypatch, LoopAttention, "read")
+    products = count_calls(monkeypatch, decode_loops, "product")
     sample(packed, slots=7)
-    assert not joins and not replays
+    assert not joins and not replays and not any(loops) and not products
     steps.clear()
     mode()
     sample(packed, slots=7)
+    assert all(loops) == bool(products) == (mode.name == "loops")
     assert len(joins) == (mode.name == "joined for the last") and ("flash" in mode.name) == (len(flash) > 1)
     assert len(replays) > len(steps) if "captured" in mode.name else not replays  # a shape's first step, and capture
 
@@ -520,18 +528,18 @@ def test_without_a_gpu_the_trial_of_the_real_operator_fails_and_says_so(caplog):
     flash_works.cache_clear()
 
 
-@pytest.mark.parametrize("layout", [GroupedAttention, JoinedAttention, PaddedAttention, FlashAttention])
+@pytest.mark.parametrize("layout", [GroupedAttention, JoinedAttention, PaddedAttention, FlashAttention, LoopAttention])
 def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(flash_on_cpu, layout):
     """It may lie further back than the others are, and come into sight of the newcomer many steps later."""
     generator = torch.Generator().manual_seed(1)
-    prompt = torch.randn(1, 1, 1, 3, 4, generator=generator)
+    prompt = torch.randn(1, 1, 1, 3, 8, generator=generator)
     attention = layout((prompt, prompt, np.array([3])), 4, 24)
     attention.start(torch.arange(4), torch.zeros(4, dtype=torch.long))
     lengths, ended = np.array([12, 2, 0, 5]), np.array([False, False, False, False])
 
     def step(broken: int | None = None):
         rows = len(lengths)
-        query = torch.randn(rows, 1, 1, 4, generator=generator)
+        query = torch.randn(rows, 1, 1, 8, generator=generator)
         if broken is not None:
             query[broken] = torch.nan
         attention.begin_block(1)

@@ -760,7 +760,7 @@ def test_the_loop_keeps_what_is_finite_and_shows_what_is_not_in_any_length(scale
 def new_loop(monkeypatch):
     """It is compiled and tried anew, also for few parameters."""
     monkeypatch.setattr(optim_loop, "WORTH_COMPILING", 2**13)
-    found = optim_loop.compiled, optim.kernel_works
+    found = optim_loop.loops_of, optim.kernel_works
     for one in found:
         one.cache_clear()
     yield

@@ -6,7 +6,8 @@ import torch
 
 from src.config import Config, ConfigError, TrainingConfig
 from src.engine.attention import check_attention
-from src.engine.cpu_weights import X86, has_products
+from src.engine.compiler import X86
+from src.engine.cpu_weights import has_products
 from src.engine.distributed import from_main, world
 from src.engine.lighter import lighten
 from src.engine.models import check_compiler, compile_layers, load_model, resolve_device, resolve_model_path

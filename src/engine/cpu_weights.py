@@ -1,52 +1,65 @@
 """Weights in the order in which a CPU multiplies them, for the time of a rollout.
 
 A decode step multiplies few rows with every weight, and torch brings each weight into that order anew each time, which
-takes as long as the product. Here it is done once for each wave of prompts (30 to 50 ms for 135M parameters, and as
-much memory as the weights). Layers that read the same input are multiplied at once. A head that multiplies in fp32
-(model.fp32_head) does so here, with a copy in fp32.
+takes as long as the product. Here it is done once for each wave of prompts (30 to 70 ms for 135M parameters, and as
+much memory as the weights), for the products of oneDNN or of decode_loops.c. Layers that read the same input are
+multiplied at once. A head that multiplies in fp32 (model.fp32_head) does so here, with a copy in fp32.
 """
 
-import platform
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from src.engine import decode_loops
+from src.engine.compiler import X86
 from src.engine.models import Float32Head
 
 SMALLEST = {
     torch.bfloat16: 0,
     torch.float32: 2**25,
 }  # bytes of weights; in fp32 torch is as fast where a cache holds them
-X86 = platform.machine() in ("x86_64", "AMD64")
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other on the same tensor
+
+
+def multiplied(weights: Tensor, bias: Tensor | None, rows: int, in_loops: bool) -> Callable[[Tensor], Tensor]:
+    """x -> x @ weights.T + bias, of about `rows` rows, with a copy of the weights [outputs, inputs]."""
+    if in_loops:
+        panels, outputs = decode_loops.side_by_side(weights), len(weights)
+        return lambda x: decode_loops.product(x, panels, bias, outputs)
+    linear, reordered = (
+        torch.ops.mkldnn._linear_pointwise.default,
+        torch.ops.mkldnn._reorder_linear_weight(weights, rows),
+    )
+    return lambda x: linear(x, reordered, bias, "none", [], "")
 
 
 class Product:
     """One product for layers that read the same input: the first call computes it, the others take their part."""
 
-    def __init__(self, layers: list[nn.Linear], rows: int):
+    def __init__(self, layers: list[nn.Linear], rows: int, in_loops: bool):
         self.wide = isinstance(layers[0], Float32Head)
         dtype = torch.float32 if self.wide else layers[0].weight.dtype
         weights = torch.cat(tuple(layer.weight for layer in layers)).to(dtype)  # [all outputs, inputs]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
-        self.bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers)).to(dtype)
+        bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers)).to(dtype)
+        self.multiply = multiplied(weights, bias, rows, in_loops)
         self.sizes = [layer.out_features for layer in layers]
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
 
     def part(self, index: int):
         """In place of the forward of layer number `index`. Called 200 times a step: it does little else."""
-        linear, weight, bias, sizes = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias, self.sizes
+        multiply, sizes = self.multiply, self.sizes
         if self.wide:
-            return lambda x: linear(x.float(), weight, bias, "none", [], "")
+            return lambda x: multiply(x.float())
         if len(sizes) == 1:
-            return lambda x: linear(x, weight, bias, "none", [], "")
+            return multiply
         is_last = index == len(sizes) - 1
 
         def forward(x: Tensor) -> Tensor:
             if x is not self.input:
-                self.input, self.parts = x, linear(x, weight, bias, "none", [], "").split_with_sizes(sizes, -1)
+                self.input, self.parts = x, multiply(x).split_with_sizes(sizes, -1)
             result = self.parts[index]
             if is_last:
                 self.input, self.parts = None, ()
@@ -79,16 +92,13 @@ def has_products(dtype: torch.dtype = torch.bfloat16) -> bool:
 
 
 def applies(model, free: float) -> bool:
-    """Whether this machine has these products, and memory (`free` bytes) for the weights a second time."""
-    plain = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
+    """Whether this machine has such products, and memory (`free` bytes) for the weights a second time."""
     size = sum(parameter.nbytes for parameter in model.parameters())
-    return (
-        model.device.type == "cpu"
-        and plain
-        and has_products(model.dtype)
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and SMALLEST[model.dtype] <= size < free / 4
-    )
+    if size >= free / 4 or decode_loops.applies(model):
+        return size < free / 4
+    plain = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
+    known = has_products(model.dtype) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return model.device.type == "cpu" and plain and known and size >= SMALLEST[model.dtype]
 
 
 @contextmanager
@@ -96,8 +106,9 @@ def in_order_of_the_processor(model, rows: int, free: float):
     """Inside, where it `applies`, linear layers multiply about `rows` rows with reordered copies of their weights."""
     layers: list[nn.Linear] = []
     if applies(model, free):
+        in_loops = decode_loops.applies(model)
         for group in gathered(model):
-            product = Product(group, rows)
+            product = Product(group, rows, in_loops)
             for index, layer in enumerate(group):
                 vars(layer)["forward"] = product.part(index)
                 layers.append(layer)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from src.engine import cpu_layers
+from src.engine.cpu_layers import LoopAttention
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention, cache_shape
 from src.engine.kernels import works
 from src.engine.memory import causes, out_of_memory
@@ -17,6 +19,7 @@ from src.engine.memory import causes, out_of_memory
 logger = logging.getLogger("grpo")
 
 GRAPHS_ON = ("cuda",)  # device types whose steps are captured; elsewhere capturing does nothing (the tests do that)
+Layout = GroupedAttention | JoinedAttention | LoopAttention
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernel takes
 FLASH = {"has_splits": True}  # in this process it was not refused yet
 
@@ -133,9 +136,11 @@ def flash_works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     return works("decoding without flash attention", trial)
 
 
-def layout_for(model) -> type[GroupedAttention] | type[JoinedAttention]:
+def layout_for(model) -> type[Layout]:
     """The layout of the cache to start with."""
     if not uses_graphs(model.device):
+        if cpu_layers.applies(model):
+            return LoopAttention
         in_bf16 = model.device.type == "cpu" and model.dtype == torch.bfloat16
         return MergedAttention if in_bf16 else GroupedAttention
     heads = model.config.get_text_config().num_attention_heads

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from src.engine import cpu_layers
+from src.engine.cpu_layers import LoopOperations
 from src.engine.cuda_decoding import layout_for
 from src.engine.decoding import cache_shape
 from src.engine.kernels import wanted, works
@@ -108,16 +110,18 @@ def check_plain(model) -> None:
 
 
 def check_fused(model) -> None:
-    """ValueError where the kernels compute something else than the plain operations."""
-    plain, fused = Operations(), fused_operations()
+    """ValueError where the kernels or loops compute something else than the plain operations."""
+    plain, fused = Operations(), fused_operations(model)
     if differ(outcome_of_each(model, fused), outcome_of_each(model, plain), EACH) or differ(
         outcome(model, partial(written_layers, fused)), outcome(model, partial(written_layers, plain)), CLOSE
     ):
         raise ValueError("they give something else")
 
 
-def fused_operations() -> Operations:
-    """Triton's kernels."""
+def fused_operations(model) -> Operations:
+    """Triton's kernels, or loops of C."""
+    if not wanted(model.device):
+        return LoopOperations()
     from src.engine.layer_kernels import FusedOperations  # here, because only torch's CUDA build brings triton
 
     return FusedOperations()
@@ -131,8 +135,9 @@ def layers_for(model):
     made, layers = vars(decoder).get(CHOSEN, (None, None))
     if is_in_torch_dispatch_mode():  # operations are looked at (--profile), perhaps not computed
         return own_layers if layers is own_layers else partial(written_layers, Operations())
-    if made != made_of(decoder):
-        made, layers = vars(decoder)[CHOSEN] = made_of(decoder), first_good(model)
+    now = (*made_of(decoder), cpu_layers.applies(model))
+    if made != now:
+        _, layers = vars(decoder)[CHOSEN] = now, first_good(model)
     return layers
 
 
@@ -141,6 +146,7 @@ def first_good(model):
     """The fastest way that gives what the model gives."""
     if not works("decoding by the model's own forward pass", partial(check_plain, model)):
         return own_layers
-    if wanted(model.device) and works("decoding without Triton's kernels", partial(check_fused, model)):
-        return partial(written_layers, fused_operations())
+    for has_them, kind in ((wanted(model.device), "Triton's kernels"), (cpu_layers.applies(model), "loops in C")):
+        if has_them and works(f"decoding without {kind}", partial(check_fused, model)):
+            return partial(written_layers, fused_operations(model))
     return partial(written_layers, Operations())

@@ -5,27 +5,16 @@ MKL's is not: of 8-bit moments the last bit of a scale may differ, and hence a c
 """
 
 import ctypes
-import logging
-import shutil
-import subprocess
-import sys
-import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from src.engine.cpu_weights import X86
+from src.engine.compiler import loops_of
 from src.engine.optim_chunks import PHASES, Chunk, Shard
 from src.engine.optim_codes import BLOCK, LARGEST_BITS, LARGEST_ROOT, SMALLEST_SCALE, ratio_limit
 from src.engine.profiling import moves
 
-logger = logging.getLogger("grpo")
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = [f"-DBLOCK={BLOCK}", f"-DPHASES={PHASES}", "-O3", "-march=native" if X86 else "-mcpu=native", "-fPIC",
-         "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
-THREADS = [] if sys.platform == "darwin" else ["-fopenmp"]  # the compiler of a Mac knows no OpenMP
 WORTH_COMPILING = 2**22  # elements; a step of them takes some 20 ms without
 EVEN = 16  # torch's kernel steps what is left of a multiple of its vectors in another order of rounding
 
@@ -43,34 +32,21 @@ class Step(ctypes.Structure):
     ]
 
 
-@cache
-def compiled() -> ctypes.CDLL | None:
-    """The loop for this processor; in a second, once a process. None where that fails, which a line tells."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        made, target = f"{folder}/loop.o", f"{folder}/loop.so"
-        try:
-            # linked without -fopenmp, which would bring threads beside torch's
-            for words in ([*FLAGS, *THREADS, "-c", str(SOURCE), "-o", made], ["-shared", made, "-o", target]):
-                subprocess.run([compiler, *words], check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(target)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-            logger.warning(f"the optimizer steps without its loop in C, which is slower: {said.splitlines()[0]}")
-            return None
+def functions() -> ctypes.CDLL | None:
+    """What is compiled of optim_loop.c."""
+    flags = (f"-DBLOCK={BLOCK}", f"-DPHASES={PHASES}", "-ffp-contract=off")
+    return loops_of(Path(__file__).with_suffix(".c"), "the optimizer steps without its loop in C", flags)
 
 
 def loop_fits(shard: Shard) -> bool:
     """Whether the loop saves more than its compilation takes, gives the same bits, and can be compiled."""
     even = all(one.numel() % EVEN == 0 for one in shard.parameters)
-    return even and shard.total >= WORTH_COMPILING and compiled() is not None
+    return even and shard.total >= WORTH_COMPILING and functions() is not None
 
 
 def step_chunk(bits: int, factors: Tensor, group: dict, chunk: Chunk, gradients: list[Tensor]) -> None:
     """As in optim_kernel.py."""
-    loop = compiled()
+    loop = functions()
     assert loop is not None
     gradients = [one if one.dtype in (torch.bfloat16, torch.float32) else one.float() for one in gradients]
     beta1, beta2 = group["betas"]

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from src.config import ConfigError
 from src.engine.cpu_weights import in_order_of_the_processor
-from src.engine.cuda_decoding import StepRunner, layout_for, own_stream
-from src.engine.decoding import FEW, GroupedAttention, JoinedAttention, join
+from src.engine.cuda_decoding import Layout, StepRunner, layout_for, own_stream
+from src.engine.decoding import FEW, GroupedAttention, join
 from src.engine.ending import PLAIN, cut_episodes
 from src.engine.kernels import token_chooser
 from src.engine.layers import layers_for
@@ -61,7 +61,7 @@ class SlotDecoder:
         device, total = model.device, len(problems) * samples
         self.prompt_hidden, prompt = prefill(model, problems)
         self.slots = min(slots, total)
-        self.attention: GroupedAttention | JoinedAttention = layout_for(model)(prompt, self.slots, settings.width)
+        self.attention: Layout = layout_for(model)(prompt, self.slots, settings.width)
         self.layers, self.choose_tokens = layers_for(model), token_chooser(device, settings)
         self.runner = StepRunner(device)
         self.eos = torch.tensor(settings.eos_ids, device=device)

@@ -1,0 +1,133 @@
+"""A decode step in fp32 on a CPU in loops of C (decode_loops.c): attention, and what layer_kernels.py has for a GPU.
+
+They give what torch's operations give but for the last bits, and a row does not depend on its neighbours.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.engine import decode_loops
+from src.engine.decode_loops import LANES, LONGEST_HEAD, loops
+from src.engine.decoding import SlotCache, cache_shape
+from src.engine.operations import Operations
+
+
+def applies(model) -> bool:
+    """Whether the loops are for this model: its sizes are whole vectors."""
+    return decode_loops.applies(model) and cache_shape(model)[2] % LANES == 0 and cache_shape(model)[2] <= LONGEST_HEAD
+
+
+class AttentionArguments(ctypes.Structure):
+    """As in decode_loops.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "prompt_keys", "prompt_values", "keys", "values", "out")),
+        *((name, ctypes.c_void_p) for name in ("prompts", "prompt_lengths", "places")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "repeats", "dim")),
+        *((name, ctypes.c_int64) for name in ("prompt_stride", "prompt_head_stride", "slot_stride", "head_stride")),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+class TurnArguments(ctypes.Structure):
+    """As in decode_loops.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("source", "cosine", "sine", "weight", "target", "places")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "dim", "source_row", "target_row", "target_head")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class LoopAttention(SlotCache):
+    """Attention of one decode step: a row reads its prompt's keys and its own where they lie."""
+
+    def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
+        super().__init__(prompt, slots, width)
+        self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
+
+    def start(self, slots: Tensor, prompts: Tensor) -> None:
+        """Nothing: a row reads what its own episode wrote."""
+
+    def arrange(self, prompt_rows: np.ndarray, lengths: np.ndarray, ended: np.ndarray) -> None:
+        """Of each slot [n]: its prompt, own tokens in the cache, and whether it has ended."""
+        self.width = int(lengths[~ended].max())
+        self.prompts = torch.from_numpy(prompt_rows)  # [n]
+        self.lengths = torch.from_numpy(self.prompt_lengths[prompt_rows])  # [n] of the prompts
+
+    def begin_block(self, steps: int) -> None:
+        """The width grows with every step."""
+
+    def begin_step(self, lengths: Tensor, positions: Tensor) -> None:
+        """lengths [n]: own tokens already in the cache; this step's goes to that place."""
+        self.width = min(self.width + 1, self.capacity)
+        self.reach = max(self.reach, self.width)
+        self.places = lengths.clamp(max=self.capacity - 1)  # a slot that ended keeps overwriting the last place
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
+        slots = torch.arange(len(key))
+        self.keys[layer][slots, :, self.places], self.values[layer][slots, :, self.places] = (
+            key[:, :, 0],
+            value[:, :, 0],
+        )
+        return self.read(layer, query[:, :, 0].contiguous(), scaling)
+
+    def read(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """query [n, H, D] -> [n, 1, H, D]."""
+        n, heads, dim = query.shape
+        keys, prompt_keys = self.keys[layer], self.prompt_keys[layer]  # [slots, Hkv, width, D], [prompts, Hkv, P, D]
+        output = torch.empty_like(query)
+        loops().attend(ctypes.byref(AttentionArguments(
+            query.data_ptr(), prompt_keys.data_ptr(), self.prompt_values[layer].data_ptr(),
+            keys.data_ptr(), self.values[layer].data_ptr(), output.data_ptr(),
+            self.prompts.data_ptr(), self.lengths.data_ptr(), self.places.data_ptr(),
+            n, keys.shape[1], heads // keys.shape[1], dim, *prompt_keys.stride()[:2], *keys.stride()[:2], scaling,
+        )))  # fmt: skip
+        return output[:, None]
+
+
+class LoopOperations(Operations):
+    """What a layer does beside its products, in a loop each; hidden states are added to in place."""
+
+    def add_norm(self, hidden: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        """hidden + update, and its norm, [n, hidden] each."""
+        rows, width = hidden.shape
+        if width % LANES:
+            return super().add_norm(hidden, update, norm)
+        normed, added = torch.empty_like(hidden), None if update is None else update.contiguous().data_ptr()
+        weight, epsilon = norm.weight.data_ptr(), norm.variance_epsilon
+        loops().add_norm(hidden.data_ptr(), added, weight, normed.data_ptr(), rows, width, epsilon)
+        return hidden, normed
+
+    def attend(self, part: Any, qkv: list[Tensor], cosine: Tensor, sine: Tensor, attention) -> Tensor:
+        """Queries, keys and values [n, heads * D] -> [n, 1, H, D]; cosine and sine [n, D] of each row's position."""
+        n, dim = cosine.shape
+        query, keys, values = qkv[0].new_empty(n, qkv[0].shape[1] // dim, dim), attention.keys, attention.values
+        norms = [getattr(part, name, None) for name in ("q_norm", "k_norm")]
+        turned = cosine.data_ptr(), sine.data_ptr()
+        for source, target, place, turn, norm in (
+            (qkv[0], query, None, turned, norms[0]),
+            (qkv[1], keys[part.layer_idx], attention.places.data_ptr(), turned, norms[1]),
+            (qkv[2], values[part.layer_idx], attention.places.data_ptr(), (None, None), None),
+        ):
+            weight, epsilon = (None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.variance_epsilon)
+            loops().turn(ctypes.byref(TurnArguments(
+                source.data_ptr(), *turn, weight, target.data_ptr(), place,
+                n, source.shape[1] // dim, dim, source.stride(0), *target.stride()[:2], epsilon,
+            )))  # fmt: skip
+        return attention.read(part.layer_idx, query, part.scaling)
+
+    def feed_forward(self, hidden: Tensor, mlp: Any) -> Tensor:
+        """[n, hidden] -> [n, hidden]."""
+        gate, up = self.siblings(hidden, (mlp.gate_proj, mlp.up_proj))
+        n, width = gate.shape
+        if width % LANES:
+            return mlp.down_proj(mlp.act_fn(gate) * up)
+        product = gate.new_empty(n, width)
+        loops().gated(gate.data_ptr(), up.data_ptr(), product.data_ptr(), n, width, gate.stride(0), up.stride(0))
+        return mlp.down_proj(product)

@@ -1,0 +1,214 @@
+"""The loops of C of a decode step against float64, and where they are not for a model."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from src.engine import compiler, cpu_layers, cpu_weights, decode_loops
+from src.engine.attention import ATTENTION_NAME
+from src.engine.cpu_layers import LoopAttention, LoopOperations
+from src.engine.cuda_decoding import layout_for
+from src.engine.decoding import GroupedAttention
+from src.engine.layers import layers_for
+from src.engine.operations import Operations
+
+HAS_LOOPS = shutil.which("cc") is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
+needs_loops = pytest.mark.skipif(not HAS_LOOPS, reason="there is no AVX2 or no C compiler")
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(decode_loops, "WORTH_COMPILING", 0)
+
+
+def numbers(*shape: int):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def make(kind=LlamaConfig, **changes):
+    """A random model whose norms change something."""
+    shape = dict(vocab_size=60, hidden_size=96, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=2, head_dim=16, attn_implementation=ATTENTION_NAME)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**shape | changes), dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter.data, 1.0 if "norm" in name else 0.0, 0.3)
+    return model
+
+
+@needs_loops
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 33])
+@pytest.mark.parametrize("inputs", [1, 7, 96, 1024, 1025, 2500])
+@pytest.mark.parametrize("outputs", [1, 23, 24, 25, 100])
+def test_a_product_is_that_of_float64_and_a_row_does_not_depend_on_its_neighbours(rows, inputs, outputs):
+    x, weights = numbers(rows, inputs), numbers(outputs, inputs)
+    for bias in (None, numbers(outputs)):
+        panels = decode_loops.side_by_side(weights)
+        found = decode_loops.product(x, panels, bias, outputs)
+        exact = torch.nn.functional.linear(x.double(), weights.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * inputs)
+        for row in range(rows):
+            assert torch.equal(decode_loops.product(x[row], panels, bias, outputs), found[row])
+
+
+@needs_loops
+def test_a_product_takes_any_strides_and_keeps_nan_in_its_row_and_its_output():
+    x, weights = numbers(2, 40, 6).transpose(1, 2), numbers(50, 40)  # [2, 6, 40] not contiguous
+    panels = decode_loops.side_by_side(weights)
+    torch.testing.assert_close(decode_loops.product(x, panels, None, 50), x @ weights.T, rtol=1e-5, atol=1e-5)
+    x = x.clone()
+    x[1, 2, 39] = torch.nan
+    weights[49, 0] = torch.inf
+    found = decode_loops.product(x, decode_loops.side_by_side(weights), None, 50)
+    broken = torch.zeros(2, 6, 50, dtype=torch.bool)
+    broken[1, 2], broken[:, :, 49] = True, True
+    assert torch.equal(~found.isfinite(), broken) and bool(found[1, 2].isnan().all())
+
+
+def exact_attention(query, prompt, own, prompt_lengths, rows, places, scaling):
+    """query [n, H, D] in float64, one row and head after the other."""
+    output = torch.zeros_like(query, dtype=torch.float64)
+    repeats = query.shape[1] // own[0].shape[1]
+    for slot, (row, place) in enumerate(zip(rows, places, strict=True)):
+        for head in range(query.shape[1]):
+            keys, values = (
+                torch.cat(
+                    [a[row, head // repeats, : prompt_lengths[row]], b[slot, head // repeats, : place + 1]]
+                ).double()
+                for a, b in zip(prompt, own, strict=True)
+            )
+            output[slot, head] = (keys @ query[slot, head].double() * scaling).softmax(0) @ values
+    return output
+
+
+@needs_loops
+@pytest.mark.parametrize("repeats", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("dim", [8, 64, 256])
+def test_attention_is_that_of_float64_and_reads_nothing_behind(repeats, dim):
+    prompt_lengths, rows, lengths = np.array([1, 64, 150]), np.array([2, 0, 1, 2, 0]), np.array([0, 5, 63, 64, 199])
+    prompt, own = [numbers(1, 3, 2, 150, dim) for _ in range(2)], [numbers(5, 2, 200, dim) for _ in range(2)]
+    query, new = 3 * numbers(5, 2 * repeats, 1, dim), [numbers(5, 2, 1, dim) for _ in range(2)]
+    attention = LoopAttention((*prompt, prompt_lengths), 5, 200)
+    for part, values in zip((attention.keys, attention.values), own, strict=True):
+        part[0].copy_(values)
+        for slot, length in enumerate(lengths):
+            part[0][slot, :, length:] = torch.nan
+    for part in prompt:
+        for row, length in enumerate(prompt_lengths):
+            part[0, row, :, length:] = torch.nan
+    attention.arrange(rows, lengths, np.zeros(5, dtype=bool))
+    attention.begin_step(torch.from_numpy(lengths), torch.from_numpy(lengths + prompt_lengths[rows]))
+    found = attention.attend(0, query, *new, dim**-0.5)[:, 0]
+    for part, one in zip(own, new, strict=True):
+        part[torch.arange(5), :, lengths] = one[:, :, 0]
+    exact = exact_attention(query[:, :, 0], [x[0] for x in prompt], own, prompt_lengths, rows, lengths, dim**-0.5)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-5)
+    query[3], keys = torch.nan, attention.keys[0]
+    keys[1, 0, 2] = torch.nan
+    again = attention.read(0, query[:, :, 0], dim**-0.5)[:, 0]
+    assert bool(again[3].isnan().all()) and bool(again[1, :repeats].isnan().all())
+    whole = [0, 2, 4]
+    assert torch.equal(again[whole], found[whole]) and torch.equal(again[1, repeats:], found[1, repeats:])
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("large", [1, 50])
+def test_what_lies_between_is_that_of_torch(kind, large):
+    model = make(kind)
+    layer, plain, loops = model.model.layers[1], Operations(), LoopOperations()
+    hidden, update = large * numbers(7, 96), large * numbers(7, 96).flip(0)
+    with torch.inference_mode():
+        for given in (None, update):
+            found = loops.add_norm(hidden.clone(), given, layer.input_layernorm)
+            torch.testing.assert_close(
+                found, plain.add_norm(hidden, given, layer.input_layernorm), rtol=1e-5, atol=1e-5
+            )
+        found, expected = loops.feed_forward(hidden, layer.mlp), plain.feed_forward(hidden, layer.mlp)
+        assert float((found - expected).norm() / expected.norm()) < 1e-6
+    small = torch.linspace(-100, 100, 2400).view(30, 80)  # of silu, where e^x leaves the range of a float
+    out, ones = torch.empty(30, 80), torch.ones(30, 80)
+    decode_loops.loops().gated(small.data_ptr(), ones.data_ptr(), out.data_ptr(), 30, 80, 80, 80)
+    torch.testing.assert_close(out, torch.nn.functional.silu(small.double()).float(), rtol=1e-6, atol=1e-35)
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+def test_they_are_for_fp32_on_this_processor_and_where_nobody_looks(monkeypatch):
+    model = make()
+    chosen = layers_for(model)
+    assert type(chosen.args[0]) is LoopOperations and layout_for(model) is LoopAttention
+    assert layout_for(make(head_dim=12)) is GroupedAttention is layout_for(make(head_dim=272))
+    assert type(layers_for(make(head_dim=12)).args[0]) is Operations
+    assert type(layers_for(model.bfloat16()).args[0]) is Operations and layout_for(model) is not LoopAttention
+    assert type(layers_for(model.float()).args[0]) is LoopOperations
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert layout_for(model) is GroupedAttention and type(layers_for(model).args[0]) is Operations
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert not cpu_layers.applies(model) and layout_for(model) is GroupedAttention
+    monkeypatch.undo()
+    assert not decode_loops.applies(model), "a small one is not worth a compiler's second"
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("changes", [{"hidden_size": 90}, {"intermediate_size": 77}])
+def test_odd_sizes_are_left_to_torch(changes):
+    model = make(**changes)
+    assert type(layers_for(model).args[0]) is LoopOperations  # which were tried beside the plain operations
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("wrong", ["add_norm", "attend", "feed_forward", "activation"])
+def test_the_trial_sees_a_wrong_loop(wrong, monkeypatch, caplog):
+    model = make()
+    if wrong == "activation":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.GELU()  # the loop knows silu alone
+    else:
+        plain = getattr(LoopOperations, wrong)
+        scaled = {"add_norm": lambda *a: (plain(*a)[0], 1.02 * plain(*a)[1])}.get(wrong, lambda *a: 1.02 * plain(*a))
+        monkeypatch.setattr(LoopOperations, wrong, scaled)
+    with caplog.at_level(logging.WARNING, "grpo"):
+        assert type(layers_for(model).args[0]) is Operations
+    assert "decoding without loops in C, which is slower: its trial failed (they give something" in caplog.text
+
+
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("fault", ["no compiler", "that fails"])
+def test_without_a_compiler_torch_decodes(fault, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if fault == "that fails":
+        (tmp_path / "cc").write_text("#!/bin/sh\necho it is out of order >&2\nexit 1\n")
+        (tmp_path / "cc").chmod(0o755)
+    for one in (compiler.loops_of, decode_loops.functions):
+        one.cache_clear()
+    model = make()
+    with caplog.at_level(logging.WARNING, "grpo"):
+        assert layout_for(model) is GroupedAttention is layout_for(model)
+        assert type(layers_for(model).args[0]) is Operations
+    for one in (compiler.loops_of, decode_loops.functions):
+        one.cache_clear()
+    said = ["decoding without loops in C, which is slower: it is out of order"] * (fault == "that fails")
+    assert [record.message for record in caplog.records] == said
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+def test_weights_of_a_rollout_are_copied_for_the_loops_and_not_where_memory_is_short():
+    model = make()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    x = numbers(3, 96)
+    expected = model.lm_head(x)
+    with torch.inference_mode(), cpu_weights.in_order_of_the_processor(model, 3, 1e12):
+        assert all("forward" in vars(layer) for layer in layers)
+        torch.testing.assert_close(model.lm_head(x), expected, rtol=1e-5, atol=1e-5)
+    with cpu_weights.in_order_of_the_processor(model, 3, 2 * sum(one.nbytes for one in model.parameters())):
+        assert not any("forward" in vars(layer) for layer in layers)
