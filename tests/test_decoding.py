@@ -532,14 +532,14 @@ def test_without_a_gpu_the_trial_of_the_real_operator_fails_and_says_so(caplog):
 def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(flash_on_cpu, layout):
     """It may lie further back than the others are, and come into sight of the newcomer many steps later."""
     generator = torch.Generator().manual_seed(1)
-    prompt = torch.randn(1, 1, 1, 3, 8, generator=generator)
+    prompt = torch.randn(1, 1, 1, 3, 16, generator=generator)
     attention = layout((prompt, prompt, np.array([3])), 4, 24)
     attention.start(torch.arange(4), torch.zeros(4, dtype=torch.long))
     lengths, ended = np.array([12, 2, 0, 5]), np.array([False, False, False, False])
 
     def step(broken: int | None = None):
         rows = len(lengths)
-        query = torch.randn(rows, 1, 1, 8, generator=generator)
+        query = torch.randn(rows, 1, 1, 16, generator=generator)
         if broken is not None:
             query[broken] = torch.nan
         attention.begin_block(1)

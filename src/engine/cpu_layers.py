@@ -17,8 +17,9 @@ from src.engine.operations import Operations
 
 
 def applies(model) -> bool:
-    """Whether the loops are for this model: its sizes are whole vectors."""
-    return decode_loops.applies(model) and cache_shape(model)[2] % LANES == 0 and cache_shape(model)[2] <= LONGEST_HEAD
+    """Whether the loops are for this model, whose heads are to be whole vectors."""
+    dim = cache_shape(model)[2]
+    return decode_loops.applies(model) and dim % LANES == 0 and dim <= LONGEST_HEAD
 
 
 class AttentionArguments(ctypes.Structure):

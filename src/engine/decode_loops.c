@@ -1,10 +1,12 @@
 /* A decode step of few rows in fp32: its products, its attention, and what lies between them (decode_loops.py, cpu_layers.py).
 
    Whatever the rows beside it, a row's sums are added up in the same order. */
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
-#include <string.h> /* WIDTH, ROWS, LONGEST_HEAD and LANES are given by decode_loops.py */
+#include <string.h> /* WIDTH, ROWS and LONGEST_HEAD are given by decode_loops.py */
 
+#define LANES 8
 #define VECTORS (WIDTH / LANES)
 #define AT_ONCE 1024 /* inputs of a panel, so that it fits into a cache of 256 KiB */
 #define KEYS 64      /* whose scores are held at a time */
@@ -16,11 +18,15 @@ INLINE Vector load(const float *place) { Vector v; memcpy(&v, place, sizeof v); 
 INLINE void store(float *place, Vector v) { memcpy(place, &v, sizeof v); }
 
 INLINE float sum_of(Vector v) {
-    float x[LANES];
-    store(x, v);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+/* four sums at once, to place[0] ... place[3] */
+INLINE void store_sums(float *place, const Vector v[4]) {
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(place, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 
 INLINE Vector larger(Vector a, Vector b) { /* of each pair, a where one is NaN */
@@ -129,23 +135,46 @@ typedef struct {
     float most[ROWS], total[ROWS], sums[ROWS][LONGEST_HEAD];
 } Softmax;
 
+INLINE void add_values(Softmax *s, const float *values, float weights[][KEYS], const int64_t count, const int64_t dim,
+                       const int heads, const int wide) {
+    for (int64_t d = 0; d < dim; d += wide * LANES) {
+        Vector sums[ROWS][2];
+        for (int r = 0; r < heads; r++)
+            for (int i = 0; i < wide; i++) sums[r][i] = load(s->sums[r] + d + i * LANES);
+        for (int64_t j = 0; j < count; j++)
+            for (int r = 0; r < heads; r++)
+                for (int i = 0; i < wide; i++) sums[r][i] += load(values + j * dim + d + i * LANES) * weights[r][j];
+        for (int r = 0; r < heads; r++)
+            for (int i = 0; i < wide; i++) store(s->sums[r] + d + i * LANES, sums[r][i]);
+    }
+}
+
 INLINE void read_keys(const Attention *a, Softmax *s, const float *query, const float *keys, const float *values,
                       const int64_t length, const int heads) {
     const int64_t dim = a->dim;
     for (int64_t from = 0; from < length; from += KEYS) {
         const int64_t count = length - from < KEYS ? length - from : KEYS;
         float scores[ROWS][KEYS];
-        for (int64_t j = 0; j < count; j++) {
-            const float *key = keys + (from + j) * dim;
-            Vector partial[ROWS] = {0};
-            for (int64_t d = 0; d < dim; d += LANES)
-                for (int r = 0; r < heads; r++) partial[r] += load(key + d) * load(query + r * dim + d);
-            for (int r = 0; r < heads; r++) scores[r][j] = sum_of(partial[r]) * a->scaling;
+        for (int64_t j = 0; j < count; j += 4) {
+            const float *key[4];
+            for (int i = 0; i < 4; i++) key[i] = keys + (from + (j + i < count ? j + i : j)) * dim;
+            Vector partial[ROWS][4] = {0};
+            for (int64_t d = 0; d < dim; d += LANES) {
+                for (int r = 0; r < heads; r++)
+                    for (int i = 0; i < 4; i++) partial[r][i] += load(key[i] + d) * load(query + r * dim + d);
+                for (int i = 0; i < 4; i++) __builtin_prefetch(values + (key[i] - keys) + d, 0, 3);
+            }
+            for (int r = 0; r < heads; r++) store_sums(scores[r] + j, partial[r]);
         }
         for (int r = 0; r < heads; r++) {
-            float most = s->most[r];
-            for (int64_t j = 0; j < count; j++) most = scores[r][j] > most ? scores[r][j] : most;
             for (int64_t j = count; j % LANES > 0; j++) scores[r][j] = -INFINITY;
+            Vector largest = (Vector){0} + s->most[r];
+            for (int64_t j = 0; j < count; j += LANES) {
+                store(scores[r] + j, load(scores[r] + j) * a->scaling);
+                largest = larger(load(scores[r] + j), largest);
+            }
+            float most = largest[0];
+            for (int i = 1; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
             const float kept = exponential((Vector){0} + (s->most[r] - most))[0];
             Vector total = {0};
             for (int64_t j = 0; j < count; j += LANES) {
@@ -157,15 +186,8 @@ INLINE void read_keys(const Attention *a, Softmax *s, const float *query, const 
             s->total[r] = s->total[r] * kept + sum_of(total);
             for (int64_t d = 0; d < dim; d += LANES) store(s->sums[r] + d, load(s->sums[r] + d) * kept);
         }
-        for (int64_t d = 0; d < dim; d += LANES) {
-            Vector sums[ROWS];
-            for (int r = 0; r < heads; r++) sums[r] = load(s->sums[r] + d);
-            for (int64_t j = 0; j < count; j++) {
-                const Vector value = load(values + (from + j) * dim + d);
-                for (int r = 0; r < heads; r++) sums[r] += value * scores[r][j];
-            }
-            for (int r = 0; r < heads; r++) store(s->sums[r] + d, sums[r]);
-        }
+        if (dim % (2 * LANES)) add_values(s, values + from * dim, scores, count, dim, heads, 1);
+        else add_values(s, values + from * dim, scores, count, dim, heads, 2);
     }
 }
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine.compiler import loops_of
 
-LANES, WIDTH, ROWS = 8, 24, 4  # numbers of a vector; outputs and rows whose sums fill 12 of the 16 vector registers
+LANES = 8  # numbers of a vector
+WIDTH, ROWS = 24, 4  # outputs and rows whose sums fill 12 of the 16 vector registers
 LONGEST_HEAD = 256
 WORTH_COMPILING = 2**19  # weights; a second of a compiler
 
@@ -22,7 +23,7 @@ WORTH_COMPILING = 2**19  # weights; a second of a compiler
 @cache
 def functions() -> ctypes.CDLL | None:
     """What is compiled of decode_loops.c."""
-    flags = (f"-DLANES={LANES}", f"-DWIDTH={WIDTH}", f"-DROWS={ROWS}", f"-DLONGEST_HEAD={LONGEST_HEAD}")
+    flags = (f"-DWIDTH={WIDTH}", f"-DROWS={ROWS}", f"-DLONGEST_HEAD={LONGEST_HEAD}")
     loops = loops_of(Path(__file__).with_suffix(".c"), "decoding without loops in C", flags)
     if loops is not None:
         place, count = ctypes.c_void_p, ctypes.c_int64
