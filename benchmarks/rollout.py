@@ -111,7 +111,7 @@ class TargetDecoder(SlotDecoder):
 
     def block(self) -> None:
         super().block()
-        self.live_counts[self.rows] += SYNC_EVERY
+        self.live_counts[self.rows] += 1 if self.attention.moves_freely else SYNC_EVERY
 
 
 def load(options) -> tuple:

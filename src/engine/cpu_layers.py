@@ -27,7 +27,7 @@ class AttentionArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "prompt_keys", "prompt_values", "keys", "values", "out")),
-        *((name, ctypes.c_void_p) for name in ("prompts", "prompt_lengths", "places")),
+        *((name, ctypes.c_void_p) for name in ("prompts", "prompt_lengths", "slots", "places")),
         *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "repeats", "dim")),
         *((name, ctypes.c_int64) for name in ("prompt_stride", "prompt_head_stride", "slot_stride", "head_stride")),
         ("scaling", ctypes.c_float),
@@ -38,7 +38,7 @@ class TurnArguments(ctypes.Structure):
     """As in decode_loops.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("source", "cosine", "sine", "weight", "target", "places")),
+        *((name, ctypes.c_void_p) for name in ("source", "cosine", "sine", "weight", "target", "slots", "places")),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "dim", "source_row", "target_row", "target_head")),
         ("epsilon", ctypes.c_float),
     ]
@@ -47,35 +47,36 @@ class TurnArguments(ctypes.Structure):
 class LoopAttention(SlotCache):
     """Attention of one decode step: a row reads its prompt's keys and its own where they lie."""
 
+    moves_freely = True
+
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
         super().__init__(prompt, slots, width)
         self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
+        self.slots = torch.arange(slots)  # where each row's keys lie
+
+    def move(self, keep: Tensor) -> None:
+        """The kept rows become the first, and their keys stay."""
+        self.slots = self.slots[keep]
 
     def start(self, slots: Tensor, prompts: Tensor) -> None:
         """Nothing: a row reads what its own episode wrote."""
 
     def arrange(self, prompt_rows: np.ndarray, lengths: np.ndarray, ended: np.ndarray) -> None:
         """Of each slot [n]: its prompt, own tokens in the cache, and whether it has ended."""
-        self.width = int(lengths[~ended].max())
         self.prompts = torch.from_numpy(prompt_rows)  # [n]
         self.lengths = torch.from_numpy(self.prompt_lengths[prompt_rows])  # [n] of the prompts
 
     def begin_block(self, steps: int) -> None:
-        """The width grows with every step."""
+        """Nothing: a row reads as many places as it has."""
 
     def begin_step(self, lengths: Tensor, positions: Tensor) -> None:
         """lengths [n]: own tokens already in the cache; this step's goes to that place."""
-        self.width = min(self.width + 1, self.capacity)
-        self.reach = max(self.reach, self.width)
         self.places = lengths.clamp(max=self.capacity - 1)  # a slot that ended keeps overwriting the last place
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [n, H, 1, D], key and value [n, Hkv, 1, D] -> [n, 1, H, D]."""
-        slots = torch.arange(len(key))
-        self.keys[layer][slots, :, self.places], self.values[layer][slots, :, self.places] = (
-            key[:, :, 0],
-            value[:, :, 0],
-        )
+        place = (self.slots[: len(key)], slice(None), self.places)
+        self.keys[layer][place], self.values[layer][place] = key[:, :, 0], value[:, :, 0]
         return self.read(layer, query[:, :, 0].contiguous(), scaling)
 
     def read(self, layer: int, query: Tensor, scaling: float) -> Tensor:
@@ -86,7 +87,7 @@ class LoopAttention(SlotCache):
         loops().attend(ctypes.byref(AttentionArguments(
             query.data_ptr(), prompt_keys.data_ptr(), self.prompt_values[layer].data_ptr(),
             keys.data_ptr(), self.values[layer].data_ptr(), output.data_ptr(),
-            self.prompts.data_ptr(), self.lengths.data_ptr(), self.places.data_ptr(),
+            self.prompts.data_ptr(), self.lengths.data_ptr(), self.slots.data_ptr(), self.places.data_ptr(),
             n, keys.shape[1], heads // keys.shape[1], dim, *prompt_keys.stride()[:2], *keys.stride()[:2], scaling,
         )))  # fmt: skip
         return output[:, None]
@@ -111,14 +112,15 @@ class LoopOperations(Operations):
         query, keys, values = qkv[0].new_empty(n, qkv[0].shape[1] // dim, dim), attention.keys, attention.values
         norms = [getattr(part, name, None) for name in ("q_norm", "k_norm")]
         turned = cosine.data_ptr(), sine.data_ptr()
-        for source, target, place, turn, norm in (
-            (qkv[0], query, None, turned, norms[0]),
-            (qkv[1], keys[part.layer_idx], attention.places.data_ptr(), turned, norms[1]),
-            (qkv[2], values[part.layer_idx], attention.places.data_ptr(), (None, None), None),
+        place = attention.slots.data_ptr(), attention.places.data_ptr()
+        for source, target, where, turn, norm in (
+            (qkv[0], query, (None, None), turned, norms[0]),
+            (qkv[1], keys[part.layer_idx], place, turned, norms[1]),
+            (qkv[2], values[part.layer_idx], place, (None, None), None),
         ):
             weight, epsilon = (None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.variance_epsilon)
             loops().turn(ctypes.byref(TurnArguments(
-                source.data_ptr(), *turn, weight, target.data_ptr(), place,
+                source.data_ptr(), *turn, weight, target.data_ptr(), *where,
                 n, source.shape[1] // dim, dim, source.stride(0), *target.stride()[:2], epsilon,
             )))  # fmt: skip
         return attention.read(part.layer_idx, query, part.scaling)

@@ -17,6 +17,12 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 INLINE Vector load(const float *place) { Vector v; memcpy(&v, place, sizeof v); return v; }
 INLINE void store(float *place, Vector v) { memcpy(place, &v, sizeof v); }
 
+/* in a register from here on: the compiler would load it again for each use */
+INLINE Vector held(Vector v) {
+    __asm__("" : "+x"(v));
+    return v;
+}
+
 INLINE float sum_of(Vector v) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
@@ -74,10 +80,7 @@ INLINE void tile(const Tile t, const int rows, const int goes_on) {
     }
     for (int64_t k = 0; k < t.inputs; k++) {
         Vector weights[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            weights[v] = load(t.panel + k * WIDTH + v * LANES);
-            __asm__("" : "+x"(weights[v])); /* stays in a register: the compiler would load it again for every row */
-        }
+        for (int v = 0; v < VECTORS; v++) weights[v] = held(load(t.panel + k * WIDTH + v * LANES));
         __builtin_prefetch(t.next + k * t.stride, 0, 2);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[v] * t.x[r * t.row + k];
@@ -125,7 +128,7 @@ void product(const float *x, const float *weights, const float *bias, float *out
 typedef struct { /* cpu_layers.py has the same */
     const float *query, *prompt_keys, *prompt_values, *keys, *values;
     float *out;
-    const int64_t *prompts, *prompt_lengths, *places; /* of each row; its own keys end at its place */
+    const int64_t *prompts, *prompt_lengths, *slots, *places; /* of each row; its own keys end at a place of a slot */
     int64_t rows, kv_heads, repeats, dim;
     int64_t prompt_stride, prompt_head_stride, slot_stride, head_stride; /* elements */
     float scaling;
@@ -141,9 +144,12 @@ INLINE void add_values(Softmax *s, const float *values, float weights[][KEYS], c
         Vector sums[ROWS][2];
         for (int r = 0; r < heads; r++)
             for (int i = 0; i < wide; i++) sums[r][i] = load(s->sums[r] + d + i * LANES);
-        for (int64_t j = 0; j < count; j++)
+        for (int64_t j = 0; j < count; j++) {
+            Vector value[2];
+            for (int i = 0; i < wide; i++) value[i] = held(load(values + j * dim + d + i * LANES));
             for (int r = 0; r < heads; r++)
-                for (int i = 0; i < wide; i++) sums[r][i] += load(values + j * dim + d + i * LANES) * weights[r][j];
+                for (int i = 0; i < wide; i++) sums[r][i] += value[i] * weights[r][j];
+        }
         for (int r = 0; r < heads; r++)
             for (int i = 0; i < wide; i++) store(s->sums[r] + d + i * LANES, sums[r][i]);
     }
@@ -194,7 +200,7 @@ INLINE void read_keys(const Attention *a, Softmax *s, const float *query, const 
 INLINE void attend_heads(const Attention *a, int64_t row, int64_t head, int64_t first, const int heads) {
     const int64_t place = (row * a->kv_heads + head) * a->repeats + first, dim = a->dim;
     const int64_t of_prompt = a->prompts[row] * a->prompt_stride + head * a->prompt_head_stride;
-    const int64_t own = row * a->slot_stride + head * a->head_stride;
+    const int64_t own = a->slots[row] * a->slot_stride + head * a->head_stride;
     const float *query = a->query + place * dim;
     Softmax s;
     for (int r = 0; r < heads; r++) {
@@ -248,7 +254,7 @@ void add_norm(float *hidden, const float *update, const float *weight, float *no
 typedef struct { /* cpu_layers.py has the same */
     const float *source, *cosine, *sine, *weight; /* weight: of the norm of a head, where there is one */
     float *target;
-    const int64_t *places; /* NULL: at the beginning of its row */
+    const int64_t *slots, *places; /* of each row in `target`; NULL: its own, at the beginning */
     int64_t rows, heads, dim, source_row, target_row, target_head;
     float epsilon;
 } Turn;
@@ -261,7 +267,8 @@ void turn(const Turn *t) {
         for (int64_t head = 0; head < t->heads; head++) {
             const float *x = t->source + row * t->source_row + head * dim, *cosine = t->cosine + row * dim;
             const float *sine = t->sine + row * dim;
-            float *y = t->target + row * t->target_row + head * t->target_head + (t->places ? t->places[row] * dim : 0);
+            float *y = t->target + head * t->target_head;
+            y += t->places ? t->slots[row] * t->target_row + t->places[row] * dim : row * t->target_row;
             float normed[LONGEST_HEAD];
             if (!t->cosine) {
                 memcpy(y, x, 4 * dim);

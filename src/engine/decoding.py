@@ -30,6 +30,7 @@ class SlotCache:
     """Keys and values by slot, and those of the prompts [layers, prompts, Hkv, P, D] with their lengths [prompts]."""
 
     token_major = False  # whether in memory a slot is [width, Hkv, D] and not [Hkv, width, D]
+    moves_freely = False  # whether slots move without a copy, and looking at them waits for nothing
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
         self.renew(prompt)

@@ -218,7 +218,7 @@ class SlotDecoder:
         live = len(ended) - int(ended.sum())
         if live == 0:
             return False
-        rows = self.runner.rows(live, self.rows)
+        rows = live if self.attention.moves_freely else self.runner.rows(live, self.rows)
         if rows < self.rows:
             # the live ones to the front; behind them, where a graph has more rows, slots that ended, as they are
             keep = ended.int().argsort(stable=True)[:rows].to(self.tokens.device)
@@ -255,9 +255,10 @@ class SlotDecoder:
 
     @phase("decode")
     def block(self) -> None:
-        """SYNC_EVERY steps."""
-        self.attention.begin_block(SYNC_EVERY)
-        self.runner.run(self.step, (self.rows, self.attention.width), SYNC_EVERY)
+        """The steps between two looks."""
+        steps = 1 if self.attention.moves_freely and not self.settings.stop_strings else SYNC_EVERY
+        self.attention.begin_block(steps)
+        self.runner.run(self.step, (self.rows, self.attention.width), steps)
 
     def progress(self) -> float:
         """The share of the longest possible work that is done."""
