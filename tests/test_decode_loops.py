@@ -138,6 +138,20 @@ def test_what_lies_between_is_that_of_torch(kind, large):
 
 
 @needs_loops
+def test_nan_stays_whatever_its_bits():
+    bits = torch.tensor([0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1, -0x400000, -0x7FFFFF, -0x7FFFAB])
+    nan, ones, out = bits.int().view(torch.float32), torch.ones(8), torch.empty(8)
+    assert bool(nan.isnan().all())
+    decode_loops.loops().gated(nan.data_ptr(), ones.data_ptr(), out.data_ptr(), 1, 8, 8, 8)
+    assert bool(out.isnan().all())
+    prompt = numbers(1, 8, 1, 3, 8), numbers(1, 8, 1, 3, 8), np.full(8, 3)
+    attention = LoopAttention(prompt, 8, 4)
+    attention.arrange(np.arange(8), np.zeros(8, dtype=np.int64), np.zeros(8, dtype=bool))
+    attention.begin_step(torch.zeros(8, dtype=torch.long), torch.full((8,), 3))
+    assert bool(attention.read(0, nan[:, None, None].expand(8, 1, 8).contiguous(), 1.0).isnan().all())
+
+
+@needs_loops
 @pytest.mark.usefixtures("small_ones_too")
 def test_they_are_for_fp32_on_this_processor_and_where_nobody_looks(monkeypatch):
     model = make()
@@ -153,51 +167,102 @@ def test_they_are_for_fp32_on_this_processor_and_where_nobody_looks(monkeypatch)
     assert not cpu_layers.applies(model) and layout_for(model) is GroupedAttention
     monkeypatch.undo()
     assert not decode_loops.applies(model), "a small one is not worth a compiler's second"
+    monkeypatch.setattr(decode_loops, "WORTH_COMPILING", 0)
+    assert decode_loops.applies(model)
+    model.model.norm.bfloat16()
+    assert not decode_loops.applies(model), "all of it is read as fp32"
 
 
 @needs_loops
 @pytest.mark.usefixtures("small_ones_too")
 @pytest.mark.parametrize("changes", [{"hidden_size": 90}, {"intermediate_size": 77}])
-def test_odd_sizes_are_left_to_torch(changes):
+def test_odd_sizes_are_left_to_torch(changes, monkeypatch):
     model = make(**changes)
     assert type(layers_for(model).args[0]) is LoopOperations  # which were tried beside the plain operations
+    layer, hidden = model.model.layers[0], numbers(3, model.config.hidden_size)
+    monkeypatch.setattr(cpu_layers, "loops", lambda: 1 / 0)  # a loop would read and write behind the end
+    with torch.inference_mode():
+        if "hidden_size" in changes:
+            found, expected = (
+                one.add_norm(hidden, hidden, layer.input_layernorm) for one in (LoopOperations(), Operations())
+            )
+        else:
+            found, expected = (one.feed_forward(hidden, layer.mlp) for one in (LoopOperations(), Operations()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_loops
 @pytest.mark.usefixtures("small_ones_too")
-@pytest.mark.parametrize("wrong", ["add_norm", "attend", "feed_forward", "activation"])
+@pytest.mark.parametrize("wrong", ["add_norm", "attend", "feed_forward", "activation", "activation of small numbers"])
 def test_the_trial_sees_a_wrong_loop(wrong, monkeypatch, caplog):
     model = make()
-    if wrong == "activation":
-        for layer in model.model.layers:
-            layer.mlp.act_fn = torch.nn.GELU()  # the loop knows silu alone
+    if "activation" in wrong:
+        model.model.layers[1].mlp.act_fn = torch.nn.GELU()  # the loop knows silu alone
+        if wrong != "activation":
+            model.model.layers[1].mlp.gate_proj.weight.data *= 1e-5
     else:
         plain = getattr(LoopOperations, wrong)
-        scaled = {"add_norm": lambda *a: (plain(*a)[0], 1.02 * plain(*a)[1])}.get(wrong, lambda *a: 1.02 * plain(*a))
+
+        def scaled(*arguments):
+            found = plain(*arguments)
+            return (found[0], 1.001 * found[1]) if wrong == "add_norm" else 1.001 * found
+
         monkeypatch.setattr(LoopOperations, wrong, scaled)
     with caplog.at_level(logging.WARNING, "grpo"):
         assert type(layers_for(model).args[0]) is Operations
-    assert "decoding without loops in C, which is slower: its trial failed (they give something" in caplog.text
+    assert "decoding without the layers' loops in C, which is slower: its trial failed (they give" in caplog.text
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+def test_the_trial_sees_a_layer_whose_forward_is_another(caplog):
+    model = make()
+    plain = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda hidden: 1.5 * plain(hidden)
+    assert type(layers_for(model).args[0]) is Operations
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("wrong", ["attention", "product"])
+def test_attention_and_products_are_tried_too(wrong, monkeypatch, caplog):
+    owner, name, trial = {
+        "attention": (LoopAttention, "read", cpu_layers.attention_works),
+        "product": (decode_loops, "product", decode_loops.product_works),
+    }[wrong]
+    plain = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: 1.01 * plain(*arguments))
+    trial.cache_clear()
+    with caplog.at_level(logging.WARNING, "grpo"):
+        assert layout_for(make()) is GroupedAttention is layout_for(make())
+    trial.cache_clear()
+    (record,) = caplog.records
+    assert record.message.startswith(f"{wrong}") and "without loops in C, which is slower" in record.message
 
 
 @pytest.mark.usefixtures("small_ones_too")
-@pytest.mark.parametrize("fault", ["no compiler", "that fails"])
+@pytest.mark.parametrize("fault", ["no compiler", "that fails", "no temporary folder"])
 def test_without_a_compiler_torch_decodes(fault, monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("PATH", str(tmp_path))
     if fault == "that fails":
         (tmp_path / "cc").write_text("#!/bin/sh\necho it is out of order >&2\nexit 1\n")
         (tmp_path / "cc").chmod(0o755)
-    for one in (compiler.loops_of, decode_loops.functions):
+    if fault == "no temporary folder":
+        (tmp_path / "cc").symlink_to("/bin/true")
+        monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path / "none"))
+    cached = compiler.loops_of, decode_loops.functions, decode_loops.product_works
+    for one in cached:
         one.cache_clear()
     model = make()
     with caplog.at_level(logging.WARNING, "grpo"):
         assert layout_for(model) is GroupedAttention is layout_for(model)
         assert type(layers_for(model).args[0]) is Operations
-    for one in (compiler.loops_of, decode_loops.functions):
+    for one in cached:
         one.cache_clear()
-    said = ["decoding without loops in C, which is slower: it is out of order"] * (fault == "that fails")
-    assert [record.message for record in caplog.records] == said
+    assert len(caplog.records) == (fault != "no compiler")
+    assert all(one.message.startswith("decoding without loops in C, which is slower: ") for one in caplog.records)
+    assert ("it is out of order" in caplog.text) == (fault == "that fails")
 
 
 @needs_loops

@@ -528,7 +528,16 @@ def test_without_a_gpu_the_trial_of_the_real_operator_fails_and_says_so(caplog):
     flash_works.cache_clear()
 
 
-@pytest.mark.parametrize("layout", [GroupedAttention, JoinedAttention, PaddedAttention, FlashAttention, LoopAttention])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        GroupedAttention,
+        JoinedAttention,
+        PaddedAttention,
+        FlashAttention,
+        pytest.param(LoopAttention, marks=needs_loops),
+    ],
+)
 def test_nan_of_a_slot_that_ended_does_not_reach_the_one_that_moves_there(flash_on_cpu, layout):
     """It may lie further back than the others are, and come into sight of the newcomer many steps later."""
     generator = torch.Generator().manual_seed(1)

@@ -22,14 +22,14 @@ def loops_of(source: Path, without: str, flags: tuple[str, ...] = ()) -> ctypes.
     compiler = shutil.which("cc")
     if compiler is None:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        made, target = f"{folder}/loop.o", f"{folder}/loop.so"
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            made, target = f"{folder}/loop.o", f"{folder}/loop.so"
             # linked without -fopenmp, which would bring threads beside torch's
             for words in ([*FLAGS, *flags, *THREADS, "-c", str(source), "-o", made], ["-shared", made, "-o", target]):
                 subprocess.run([compiler, *words], check=True, capture_output=True, timeout=60)
             return ctypes.CDLL(target)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-            logger.warning(f"{without}, which is slower: {said.splitlines()[0]}")
-            return None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        logger.warning(f"{without}, which is slower: {said.splitlines()[0]}")
+        return None

@@ -4,6 +4,7 @@ They give what torch's operations give but for the last bits, and a row does not
 """
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from src.engine import decode_loops
 from src.engine.decode_loops import LANES, LONGEST_HEAD, loops
-from src.engine.decoding import SlotCache, cache_shape
+from src.engine.decoding import GroupedAttention, SlotCache, cache_shape
+from src.engine.kernels import works
 from src.engine.operations import Operations
 
 
 def applies(model) -> bool:
     """Whether the loops are for this model, whose heads are to be whole vectors."""
-    dim = cache_shape(model)[2]
-    return decode_loops.applies(model) and dim % LANES == 0 and dim <= LONGEST_HEAD
+    _, kv_heads, dim = cache_shape(model)
+    fits = decode_loops.applies(model) and dim % LANES == 0 and dim <= LONGEST_HEAD
+    return fits and attention_works(model.config.get_text_config().num_attention_heads, kv_heads, dim)
 
 
 class AttentionArguments(ctypes.Structure):
@@ -50,9 +53,14 @@ class LoopAttention(SlotCache):
     moves_freely = True
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
+        self.count = slots
         super().__init__(prompt, slots, width)
         self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
-        self.slots = torch.arange(slots)  # where each row's keys lie
+
+    def renew(self, prompt: tuple) -> None:
+        """Other prompts for the same slots."""
+        super().renew(prompt)
+        self.slots = torch.arange(self.count)  # where each row's keys lie
 
     def move(self, keep: Tensor) -> None:
         """The kept rows become the first, and their keys stay."""
@@ -93,6 +101,34 @@ class LoopAttention(SlotCache):
         return output[:, None]
 
 
+@cache
+def attention_works(heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether LoopAttention gives what GroupedAttention gives, tried on rows of different lengths; tells when not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    prompt = draw(1, 2, kv_heads, 70, dim), draw(1, 2, kv_heads, 70, dim), np.array([70, 3])
+    own, rows, lengths = draw(2, 3, kv_heads, 90, dim), np.array([0, 1, 1]), np.array([0, 80, 17])
+    query, key, value = draw(3, heads, 1, dim), draw(3, kv_heads, 1, dim), draw(3, kv_heads, 1, dim)
+
+    @torch.inference_mode()
+    def output(layout: type[LoopAttention] | type[GroupedAttention]) -> Tensor:
+        attention = layout(prompt, 3, 90)
+        attention.keys[0].copy_(own[0]), attention.values[0].copy_(own[1])
+        attention.arrange(rows, lengths, np.zeros(3, dtype=bool))
+        attention.begin_step(torch.from_numpy(lengths), torch.from_numpy(lengths + prompt[2][rows]))
+        return attention.attend(0, query, key, value, dim**-0.5)
+
+    def trial() -> None:
+        worst = float((output(LoopAttention) - output(GroupedAttention)).abs().max())
+        if not worst < 1e-4:  # NaN is wrong too
+            raise ValueError(f"wrong by {worst:.2g}")
+
+    return works("attention without loops in C", trial)
+
+
 class LoopOperations(Operations):
     """What a layer does beside its products, in a loop each; hidden states are added to in place."""
 
@@ -101,7 +137,8 @@ class LoopOperations(Operations):
         rows, width = hidden.shape
         if width % LANES:
             return super().add_norm(hidden, update, norm)
-        normed, added = torch.empty_like(hidden), None if update is None else update.contiguous().data_ptr()
+        update = None if update is None else update.contiguous()
+        normed, added = torch.empty_like(hidden), None if update is None else update.data_ptr()
         weight, epsilon = norm.weight.data_ptr(), norm.variance_epsilon
         loops().add_norm(hidden.data_ptr(), added, weight, normed.data_ptr(), rows, width, epsilon)
         return hidden, normed

@@ -1,4 +1,4 @@
-/* A decode step of few rows in fp32: its products, its attention, and what lies between them (decode_loops.py, cpu_layers.py).
+/* A decode step in fp32: its products, its attention, and what lies between them (decode_loops.py, cpu_layers.py).
 
    Whatever the rows beside it, a row's sums are added up in the same order. */
 #include <immintrin.h>
@@ -52,7 +52,7 @@ INLINE Vector exponential(Vector x) {
     y = y * x + 1.6666665459e-1f;
     y = y * x + 5.0000001201e-1f;
     y = y * x * x + x + 1;
-    return (Vector)((Integers)y + ((Integers)shifted << 23));
+    return y * (Vector)(((Integers)shifted << 23) + 0x3f800000);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ static void some_rows(const Tile t, const int64_t rows, const int goes_on) {
 
 void product(const float *x, const float *weights, const float *bias, float *out,
              int64_t rows, int64_t inputs, int64_t outputs) {
-    const int64_t panels = (outputs + WIDTH - 1) / WIDTH, blocks = (rows + ROWS - 1) / ROWS;
+    const int64_t panels = rows ? (outputs + WIDTH - 1) / WIDTH : 0, blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t column = panel * WIDTH;

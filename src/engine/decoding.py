@@ -1,4 +1,4 @@
-"""Attention of a decode step, in two layouts of its key-value cache.
+"""Attention of a decode step, in two layouts of its key-value cache; cpu_layers.py has a third, for loops of C.
 
 GroupedAttention, or MergedAttention in bf16 on a CPU, keeps a prompt's keys once for all of its completions.
 JoinedAttention keeps prompt and completion of a slot side by side: more memory, but a few operations, whose shapes are

@@ -1,6 +1,6 @@
 """What a layer of a decode step does between its attention and its products, and weights that are multiplied at once.
 
-The operations are torch's and round as transformers does; layer_kernels.py has them for a GPU.
+The operations are torch's and round as transformers does; layer_kernels.py has them for a GPU, cpu_layers.py for a CPU.
 """
 
 from typing import Any

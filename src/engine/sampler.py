@@ -39,7 +39,7 @@ from src.records import Episode, Group, Problem
 
 logger = logging.getLogger("grpo")
 
-SYNC_EVERY = 4  # decode steps between looks at which completions have ended (each look waits for the device)
+SYNC_EVERY = 4  # decode steps between looks at which completions have ended, where a look waits for a device
 ATTEMPTS = 3  # at a prompt whose logits are not finite, before it is left out
 
 
