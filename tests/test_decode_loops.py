@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from test_packing import make_pair
+from test_sampler import sample, tokens_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from src.engine import compiler, cpu_layers, cpu_weights, decode_loops
@@ -15,6 +17,7 @@ from src.engine.cuda_decoding import layout_for
 from src.engine.decoding import GroupedAttention
 from src.engine.layers import layers_for
 from src.engine.operations import Operations
+from src.engine.sampler import SlotDecoder
 
 HAS_LOOPS = shutil.which("cc") is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
 needs_loops = pytest.mark.skipif(not HAS_LOOPS, reason="there is no AVX2 or no C compiler")
@@ -122,6 +125,7 @@ def test_attention_is_that_of_float64_and_reads_nothing_behind(repeats, dim):
 def test_what_lies_between_is_that_of_torch(kind, large):
     model = make(kind)
     layer, plain, loops = model.model.layers[1], Operations(), LoopOperations()
+    assert type(layers_for(model).args[0]) is LoopOperations  # positions and norms of heads are tried there
     hidden, update = large * numbers(7, 96), large * numbers(7, 96).flip(0)
     with torch.inference_mode():
         for given in (None, update):
@@ -135,6 +139,35 @@ def test_what_lies_between_is_that_of_torch(kind, large):
     out, ones = torch.empty(30, 80), torch.ones(30, 80)
     decode_loops.loops().gated(small.data_ptr(), ones.data_ptr(), out.data_ptr(), 30, 80, 80, 80)
     torch.testing.assert_close(out, torch.nn.functional.silu(small.double()).float(), rtol=1e-6, atol=1e-35)
+
+
+@needs_loops
+def test_a_row_that_has_ended_stays_within_its_slot_and_other_prompts_find_all_slots():
+    prompt = numbers(1, 1, 2, 3, 8), numbers(1, 1, 2, 3, 8), np.array([3])
+    attention = LoopAttention(prompt, 4, 5)
+    attention.move(torch.tensor([3, 1]))
+    attention.arrange(np.zeros(2, dtype=np.int64), np.array([7, 2]), np.array([True, False]))
+    attention.begin_step(torch.tensor([7, 2]), torch.tensor([10, 5]))
+    assert attention.places.tolist() == [4, 2] and attention.slots.tolist() == [3, 1]
+    attention.renew(prompt)
+    assert attention.slots.tolist() == [0, 1, 2, 3]
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("stop_strings", [(), ("zzz",)])
+def test_only_live_rows_are_decoded_and_texts_are_read_every_fourth_step(stop_strings, monkeypatch):
+    rows, looks, step, stopped = [], [], SlotDecoder.step, SlotDecoder.stopped
+    monkeypatch.setattr(SlotDecoder, "step", lambda self: (rows.append(self.rows), step(self)))
+    monkeypatch.setattr(SlotDecoder, "stopped", lambda *a: (looks.append(len(rows)), stopped(*a))[1])
+    groups = sample(make_pair("llama")[0], slots=64, stop_strings=stop_strings)
+    lengths = [len(ids) for ids in tokens_of(groups)]
+    assert len(set(lengths)) > 3
+    needed = sum(length - 1 for length in lengths)  # the first token comes from the prompt
+    if stop_strings:
+        assert sum(rows) > needed and set(np.diff(sorted(set(looks)))) == {4}
+    else:
+        assert sum(rows) == needed and not looks
 
 
 @needs_loops
