@@ -248,7 +248,7 @@ def test_the_trial_sees_a_wrong_loop(wrong, monkeypatch, caplog):
 
 @needs_loops
 @pytest.mark.usefixtures("small_ones_too")
-def test_the_trial_sees_a_layer_whose_forward_is_another(caplog):
+def test_the_trial_sees_a_layer_whose_forward_is_another():
     model = make()
     plain = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda hidden: 1.5 * plain(hidden)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.engine import decode_loops
+import src.engine.decode_loops as decode_loops
 from src.engine.decode_loops import LANES, LONGEST_HEAD, loops
 from src.engine.decoding import GroupedAttention, SlotCache, cache_shape
 from src.engine.kernels import works

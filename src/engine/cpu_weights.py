@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from src.engine import decode_loops
+import src.engine.decode_loops as decode_loops
 from src.engine.compiler import X86
 from src.engine.models import Float32Head
 

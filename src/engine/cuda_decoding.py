@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from src.engine import cpu_layers
+import src.engine.cpu_layers as cpu_layers
 from src.engine.cpu_layers import LoopAttention
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention, cache_shape
 from src.engine.kernels import works
