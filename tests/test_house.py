@@ -77,6 +77,15 @@ def test_a_package_imports_what_its_door_allows(package):
             assert others <= DOORS[package], module
 
 
+@pytest.mark.parametrize("package", DOORS)
+def test_no_file_imports_through_the_door_of_its_own_package(package):
+    """The door imports it: `import src.engine.layers as layers` or `from src.engine.layers import name`."""
+    for module in FILES:
+        if module.startswith(f"{package}."):
+            statements = ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8")))
+            assert package not in {node.module for node in statements if isinstance(node, ast.ImportFrom)}, module
+
+
 def test_the_method_is_one_file_that_says_nothing_of_machines():
     lines = METHOD.splitlines()
     assert len(lines) <= 450
