@@ -115,6 +115,9 @@ def mode(request, monkeypatch):
             monkeypatch.setattr(sampler, "layout_for", lambda model: MergedAttention)
         elif request.param == "loops":
             monkeypatch.setattr(decode_loops, "WORTH_COMPILING", 0)
+            monkeypatch.setattr(
+                torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"
+            )  # whose vectors the heads fill
         elif "captured" in request.param:
             monkeypatch.setattr(cuda_decoding, "GRAPHS_ON", ("cpu",))
             monkeypatch.setattr(PaddedAttention, "width_step", 8)

@@ -25,7 +25,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called 
 
 def multiplied(weights: Tensor, bias: Tensor | None, rows: int, in_loops: bool) -> Callable[[Tensor], Tensor]:
     """x -> x @ weights.T + bias, of about `rows` rows, with a copy of the weights [outputs, inputs]."""
-    if in_loops:
+    if in_loops and decode_loops.fits(weights):
         panels, outputs = decode_loops.side_by_side(weights), len(weights)
         return lambda x: decode_loops.product(x, panels, bias, outputs)
     linear, reordered = (

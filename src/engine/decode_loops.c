@@ -1,15 +1,17 @@
-/* A decode step in fp32: its products, its attention, and what lies between them (decode_loops.py, cpu_layers.py).
+/* A decode step in fp32 or bf16: its products, its attention, and what lies between them (decode_loops.py, cpu_layers.py).
 
-   Whatever the rows beside it, a row's sums are added up in the same order. */
+   Numbers are computed in fp32, and in bf16 rounded where torch's operations round. Whatever the rows beside it, a row's
+   sums are added up in the same order. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
-#include <string.h> /* WIDTH, ROWS and LONGEST_HEAD are given by decode_loops.py */
+#include <string.h> /* HALF, LANES, WIDTH, ROWS and LONGEST_HEAD are given by decode_loops.py */
 
-#define LANES 8
 #define VECTORS (WIDTH / LANES)
-#define AT_ONCE 1024 /* inputs of a panel, so that it fits into a cache of 256 KiB */
+#define AT_ONCE 1024 /* inputs of a panel in fp32, so that it fits into a cache of 256 KiB */
 #define KEYS 64      /* whose scores are held at a time */
+#define AHEAD 4096   /* numbers of a row's own keys, fetched while its prompt's are read */
+#define HEADS 4      /* that read the same keys at once */
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
@@ -17,9 +19,31 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 INLINE Vector load(const float *place) { Vector v; memcpy(&v, place, sizeof v); return v; }
 INLINE void store(float *place, Vector v) { memcpy(place, &v, sizeof v); }
 
+#if HALF
+typedef uint16_t Number; /* the upper half of a float */
+INLINE Vector read(const Number *place) {
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)place)), 16);
+}
+INLINE void write(Number *place, Vector v) {
+    _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+INLINE Vector rounded(Vector v) {
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+}
+#else
+typedef float Number;
+#define read load
+#define write store
+INLINE Vector rounded(Vector v) { return v; }
+#endif
+
 /* in a register from here on: the compiler would load it again for each use */
 INLINE Vector held(Vector v) {
+#if LANES == 16
+    __asm__("" : "+v"(v));
+#else
     __asm__("" : "+x"(v));
+#endif
     return v;
 }
 
@@ -29,9 +53,18 @@ INLINE float sum_of(Vector v) {
     return sum;
 }
 
+INLINE __m256 folded(Vector v) {
+#if LANES == 16
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    return (__m256)v;
+#endif
+}
+
 /* four sums at once, to place[0] ... place[3] */
 INLINE void store_sums(float *place, const Vector v[4]) {
-    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const __m256 some = _mm256_hadd_ps(folded(v[0]), folded(v[1])), others = _mm256_hadd_ps(folded(v[2]), folded(v[3]));
+    const __m256 halves = _mm256_hadd_ps(some, others);
     _mm_storeu_ps(place, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 
@@ -56,19 +89,113 @@ INLINE Vector exponential(Vector x) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
-   x [rows, inputs] times weights [outputs, inputs], of which WIDTH outputs lie side by side: [panels, inputs, WIDTH].
-   A panel stays in the cache while ROWS rows at a time pass it, their sums in registers; meanwhile the next panel is
-   fetched from memory.
+   x [rows, inputs] times weights [outputs, inputs], of which WIDTH outputs lie side by side: [panels, inputs, WIDTH],
+   in bf16 [panels, inputs / 2, WIDTH, 2], as its instructions multiply pairs. A panel stays in the cache while the rows
+   pass it, some at a time, their sums in registers; meanwhile the next panel is fetched from memory.
    ------------------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
-    const float *x, *panel, *bias;
-    float *out;
+    const Number *x, *panel, *bias;
+    Number *out;
     int64_t row, inputs, outputs, columns; /* elements of a row of x, inputs at once, outputs, and those of this panel */
-    int64_t stride;                        /* bytes of the next panel to fetch beside an input */
+    int64_t stride;                        /* bytes of the next panel to fetch beside an input, in bf16 beside two */
     const char *next;
 } Tile;
 
+#if HALF
+/* the sums of some rows of this panel to their places, with what is added to them */
+INLINE void finish(const Tile *t, const int rows, const float *sums) {
+    Number bias[WIDTH] = {0}, found[WIDTH];
+    if (t->bias) memcpy(bias, t->bias, 2 * t->columns);
+    for (int row = 0; row < rows; row++) {
+        Number *target = t->columns == WIDTH ? t->out + row * t->outputs : found;
+        for (int v = 0; v < VECTORS; v++)
+            write(target + v * LANES, load(sums + row * WIDTH + v * LANES) + read(bias + v * LANES));
+        if (target == found) memcpy(t->out + row * t->outputs, found, 2 * t->columns);
+    }
+}
+#endif
+
+#if HALF && defined(__AMX_BF16__)
+#define PASS 32 /* rows: two tiles of 16 */
+
+typedef struct { /* as the processor reads it */
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} Configuration;
+
+/* tiles 0 to 3 for sums, 4 and 5 for rows, 6 and 7 for weights */
+static void configure(const int rows) {
+    const int upper = rows < 16 ? rows : 16, lower = rows > 16 ? rows - 16 : 16;
+    const int of_tile[] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    Configuration c = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        c.bytes[i] = 64;
+        c.rows[i] = of_tile[i];
+    }
+    __asm__ volatile("" : : "r"(&c) : "memory"); /* or gcc 12 leaves out what it thinks that nobody reads */
+    _tile_loadconfig(&c);
+}
+
+static void release(void) { _tile_release(); }
+
+INLINE void tile(const Tile *t, const int rows, const int both) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < t->inputs; k += 32) {
+        const Number *weights = t->panel + k * WIDTH;
+        _tile_loadd(6, weights, 4 * WIDTH);
+        _tile_loadd(7, weights + 32, 4 * WIDTH);
+        for (int i = 0; t->stride && i < 16; i++) __builtin_prefetch(t->next + (k / 2 + i) * t->stride, 0, 2);
+        _tile_loadd(4, t->x + k, 2 * t->row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, t->x + 16 * t->row + k, 2 * t->row);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    float sums[PASS][WIDTH];
+    _tile_stored(0, sums[0], 4 * WIDTH);
+    _tile_stored(1, sums[0] + 16, 4 * WIDTH);
+    if (both) {
+        _tile_stored(2, sums[16], 4 * WIDTH);
+        _tile_stored(3, sums[16] + 16, 4 * WIDTH);
+    }
+    finish(t, rows, sums[0]);
+}
+
+static void some_rows(const Tile t, const int rows, const int goes_on) {
+    if (rows > 16) tile(&t, rows, 1);
+    else tile(&t, rows, 0);
+}
+
+#else
+#define PASS ROWS
+static void configure(int rows) {}
+static void release(void) {}
+
+#if HALF
+INLINE void tile(const Tile t, const int rows, const int goes_on) {
+    Vector sums[ROWS][VECTORS] = {0};
+    for (int64_t k = 0; k < t.inputs; k += 2) {
+        __m512bh weights[VECTORS];
+        for (int v = 0; v < VECTORS; v++) weights[v] = (__m512bh)held(load((const float *)(t.panel + k * WIDTH) + v * LANES));
+        __builtin_prefetch(t.next + k / 2 * t.stride, 0, 2);
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, t.x + r * t.row + k, 4);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = (Vector)_mm512_dpbf16_ps((__m512)sums[r][v], x, weights[v]);
+        }
+    }
+    finish(&t, rows, (const float *)sums);
+}
+#else
 INLINE void tile(const Tile t, const int rows, const int goes_on) {
     Vector sums[ROWS][VECTORS];
     for (int r = 0; r < rows; r++) {
@@ -90,34 +217,47 @@ INLINE void tile(const Tile t, const int rows, const int goes_on) {
         else memcpy(t.out + r * t.outputs, sums[r], 4 * t.columns);
     }
 }
+#endif
 
-static void some_rows(const Tile t, const int64_t rows, const int goes_on) {
-    if (rows >= ROWS) tile(t, ROWS, goes_on);
-    else if (rows == 3) tile(t, 3, goes_on);
-    else if (rows == 2) tile(t, 2, goes_on);
-    else tile(t, 1, goes_on);
+static void some_rows(Tile t, int rows, const int goes_on) {
+    for (int done; rows > 0; rows -= done, t.x += done * t.row, t.out += done * t.outputs) {
+        if (rows >= ROWS) tile(t, done = ROWS, goes_on);
+        else if (rows >= 4) tile(t, done = 4, goes_on);
+        else if (rows == 3) tile(t, done = 3, goes_on);
+        else if (rows == 2) tile(t, done = 2, goes_on);
+        else tile(t, done = 1, goes_on);
+    }
 }
+#endif
 
-void product(const float *x, const float *weights, const float *bias, float *out,
+void product(const Number *x, const Number *weights, const Number *bias, Number *out,
              int64_t rows, int64_t inputs, int64_t outputs) {
-    const int64_t panels = rows ? (outputs + WIDTH - 1) / WIDTH : 0, blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        const int64_t column = panel * WIDTH;
-        for (int64_t from = 0; from < inputs; from += AT_ONCE) {
-            const int64_t count = inputs - from < AT_ONCE ? inputs - from : AT_ONCE;
-            const float *begin = weights + (panel * inputs + from) * WIDTH;
-            const int64_t share = 4 * WIDTH * count / blocks; /* bytes that each block of rows fetches */
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t row = block * ROWS;
-                some_rows((Tile){
-                    .x = x + row * inputs + from, .panel = begin, .bias = bias ? bias + column : bias,
-                    .out = out + row * outputs + column, .row = inputs, .inputs = count, .outputs = outputs,
-                    .columns = outputs - column < WIDTH ? outputs - column : WIDTH, .stride = share / count,
-                    .next = (const char *)(begin + count * WIDTH) + block * share,
-                }, rows - row, from > 0);
+    const int64_t panels = rows ? (outputs + WIDTH - 1) / WIDTH : 0, blocks = (rows + PASS - 1) / PASS;
+    const int64_t at_once = HALF ? inputs : AT_ONCE;
+#pragma omp parallel
+    {
+        int64_t configured = 0;
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t column = panel * WIDTH;
+            for (int64_t from = 0; from < inputs; from += at_once) {
+                const int64_t count = inputs - from < at_once ? inputs - from : at_once;
+                const Number *begin = weights + (panel * inputs + from) * WIDTH;
+                const int64_t share = (int64_t)sizeof(Number) * WIDTH * count / blocks; /* bytes that a block fetches */
+                for (int64_t block = 0; block < blocks; block++) {
+                    const int64_t row = block * PASS, left = rows - row < PASS ? rows - row : PASS;
+                    if (left != configured) configure(configured = left);
+                    some_rows((Tile){
+                        .x = x + row * inputs + from, .panel = begin, .bias = bias ? bias + column : bias,
+                        .out = out + row * outputs + column, .row = inputs, .inputs = count, .outputs = outputs,
+                        .columns = outputs - column < WIDTH ? outputs - column : WIDTH,
+                        .stride = share * (HALF ? 2 : 1) / count,
+                        .next = (const char *)(begin + count * WIDTH) + block * share,
+                    }, left, from > 0);
+                }
             }
         }
+        release();
     }
 }
 
@@ -126,8 +266,8 @@ void product(const float *x, const float *weights, const float *bias, float *out
    ------------------------------------------------------------------------------------------------------------------ */
 
 typedef struct { /* cpu_layers.py has the same */
-    const float *query, *prompt_keys, *prompt_values, *keys, *values;
-    float *out;
+    const Number *query, *prompt_keys, *prompt_values, *keys, *values;
+    Number *out;
     const int64_t *prompts, *prompt_lengths, *slots, *places; /* of each row; its own keys end at a place of a slot */
     int64_t rows, kv_heads, repeats, dim;
     int64_t prompt_stride, prompt_head_stride, slot_stride, head_stride; /* elements */
@@ -135,18 +275,18 @@ typedef struct { /* cpu_layers.py has the same */
 } Attention;
 
 typedef struct {
-    float most[ROWS], total[ROWS], sums[ROWS][LONGEST_HEAD];
+    float most[HEADS], total[HEADS], sums[HEADS][LONGEST_HEAD];
 } Softmax;
 
-INLINE void add_values(Softmax *s, const float *values, float weights[][KEYS], const int64_t count, const int64_t dim,
+INLINE void add_values(Softmax *s, const Number *values, float weights[][KEYS], const int64_t count, const int64_t dim,
                        const int heads, const int wide) {
     for (int64_t d = 0; d < dim; d += wide * LANES) {
-        Vector sums[ROWS][2];
+        Vector sums[HEADS][2];
         for (int r = 0; r < heads; r++)
             for (int i = 0; i < wide; i++) sums[r][i] = load(s->sums[r] + d + i * LANES);
         for (int64_t j = 0; j < count; j++) {
             Vector value[2];
-            for (int i = 0; i < wide; i++) value[i] = held(load(values + j * dim + d + i * LANES));
+            for (int i = 0; i < wide; i++) value[i] = held(read(values + j * dim + d + i * LANES));
             for (int r = 0; r < heads; r++)
                 for (int i = 0; i < wide; i++) sums[r][i] += value[i] * weights[r][j];
         }
@@ -155,19 +295,19 @@ INLINE void add_values(Softmax *s, const float *values, float weights[][KEYS], c
     }
 }
 
-INLINE void read_keys(const Attention *a, Softmax *s, const float *query, const float *keys, const float *values,
+INLINE void read_keys(const Attention *a, Softmax *s, const Number *query, const Number *keys, const Number *values,
                       const int64_t length, const int heads) {
     const int64_t dim = a->dim;
     for (int64_t from = 0; from < length; from += KEYS) {
         const int64_t count = length - from < KEYS ? length - from : KEYS;
-        float scores[ROWS][KEYS];
+        float scores[HEADS][KEYS];
         for (int64_t j = 0; j < count; j += 4) {
-            const float *key[4];
+            const Number *key[4];
             for (int i = 0; i < 4; i++) key[i] = keys + (from + (j + i < count ? j + i : j)) * dim;
-            Vector partial[ROWS][4] = {0};
+            Vector partial[HEADS][4] = {0};
             for (int64_t d = 0; d < dim; d += LANES) {
                 for (int r = 0; r < heads; r++)
-                    for (int i = 0; i < 4; i++) partial[r][i] += load(key[i] + d) * load(query + r * dim + d);
+                    for (int i = 0; i < 4; i++) partial[r][i] += read(key[i] + d) * read(query + r * dim + d);
                 for (int i = 0; i < 4; i++) __builtin_prefetch(values + (key[i] - keys) + d, 0, 3);
             }
             for (int r = 0; r < heads; r++) store_sums(scores[r] + j, partial[r]);
@@ -201,28 +341,29 @@ INLINE void attend_heads(const Attention *a, int64_t row, int64_t head, int64_t 
     const int64_t place = (row * a->kv_heads + head) * a->repeats + first, dim = a->dim;
     const int64_t of_prompt = a->prompts[row] * a->prompt_stride + head * a->prompt_head_stride;
     const int64_t own = a->slots[row] * a->slot_stride + head * a->head_stride;
-    const float *query = a->query + place * dim;
+    const Number *query = a->query + place * dim;
     Softmax s;
     for (int r = 0; r < heads; r++) {
         s.most[r] = -INFINITY;
         s.total[r] = 0;
         memset(s.sums[r], 0, 4 * dim);
     }
-    const float *keys[] = {a->prompt_keys + of_prompt, a->keys + own};
-    const float *values[] = {a->prompt_values + of_prompt, a->values + own};
+    const Number *keys[] = {a->prompt_keys + of_prompt, a->keys + own};
+    const Number *values[] = {a->prompt_values + of_prompt, a->values + own};
     const int64_t lengths[] = {a->prompt_lengths[row], a->places[row] + 1};
+    for (int64_t i = 0; i < lengths[1] * dim && i < AHEAD; i += LANES) __builtin_prefetch(keys[1] + i, 0, 2);
     for (int part = 0; part < 2; part++) read_keys(a, &s, query, keys[part], values[part], lengths[part], heads);
     for (int r = 0; r < heads; r++)
         for (int64_t d = 0; d < dim; d += LANES)
-            store(a->out + (place + r) * dim + d, load(s.sums[r] + d) / s.total[r]);
+            write(a->out + (place + r) * dim + d, load(s.sums[r] + d) / s.total[r]);
 }
 
 void attend(const Attention *a) {
 #pragma omp parallel for schedule(static)
     for (int64_t pair = 0; pair < a->rows * a->kv_heads; pair++)
-        for (int64_t first = 0; first < a->repeats; first += ROWS) {
+        for (int64_t first = 0; first < a->repeats; first += HEADS) {
             const int64_t row = pair / a->kv_heads, head = pair % a->kv_heads, left = a->repeats - first;
-            if (left >= ROWS) attend_heads(a, row, head, first, ROWS);
+            if (left >= HEADS) attend_heads(a, row, head, first, HEADS);
             else if (left == 3) attend_heads(a, row, head, first, 3);
             else if (left == 2) attend_heads(a, row, head, first, 2);
             else attend_heads(a, row, head, first, 1);
@@ -233,27 +374,28 @@ void attend(const Attention *a) {
    Norms, positions, gated products: what layer_kernels.py has for a GPU.
    ------------------------------------------------------------------------------------------------------------------ */
 
-INLINE float scale_of(const float *x, int64_t width, float epsilon) {
+INLINE float scale_of(const Number *x, int64_t width, float epsilon) {
     Vector sum = {0};
-    for (int64_t i = 0; i < width; i += LANES) sum += load(x + i) * load(x + i);
+    for (int64_t i = 0; i < width; i += LANES) sum += read(x + i) * read(x + i);
     return 1 / sqrtf(sum_of(sum) / width + epsilon);
 }
 
 /* hidden += update, where there is one, and its RMS norm */
-void add_norm(float *hidden, const float *update, const float *weight, float *normed,
+void add_norm(Number *hidden, const Number *update, const Number *weight, Number *normed,
               int64_t rows, int64_t width, float epsilon) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        float *x = hidden + row * width;
-        for (int64_t i = 0; update && i < width; i += LANES) store(x + i, load(x + i) + load(update + row * width + i));
+        Number *x = hidden + row * width;
+        for (int64_t i = 0; update && i < width; i += LANES) write(x + i, read(x + i) + read(update + row * width + i));
         const float scale = scale_of(x, width, epsilon);
-        for (int64_t i = 0; i < width; i += LANES) store(normed + row * width + i, load(weight + i) * (load(x + i) * scale));
+        for (int64_t i = 0; i < width; i += LANES)
+            write(normed + row * width + i, read(weight + i) * rounded(read(x + i) * scale));
     }
 }
 
 typedef struct { /* cpu_layers.py has the same */
-    const float *source, *cosine, *sine, *weight; /* weight: of the norm of a head, where there is one */
-    float *target;
+    const Number *source, *cosine, *sine, *weight; /* weight: of the norm of a head, where there is one */
+    Number *target;
     const int64_t *slots, *places; /* of each row in `target`; NULL: its own, at the beginning */
     int64_t rows, heads, dim, source_row, target_row, target_head;
     float epsilon;
@@ -265,30 +407,33 @@ void turn(const Turn *t) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < t->rows; row++)
         for (int64_t head = 0; head < t->heads; head++) {
-            const float *x = t->source + row * t->source_row + head * dim, *cosine = t->cosine + row * dim;
-            const float *sine = t->sine + row * dim;
-            float *y = t->target + head * t->target_head;
+            const Number *x = t->source + row * t->source_row + head * dim;
+            Number *y = t->target + head * t->target_head;
             y += t->places ? t->slots[row] * t->target_row + t->places[row] * dim : row * t->target_row;
-            float normed[LONGEST_HEAD];
             if (!t->cosine) {
-                memcpy(y, x, 4 * dim);
+                memcpy(y, x, sizeof(Number) * dim);
                 continue;
             }
+            float normed[2 * LONGEST_HEAD]; /* from `half` on, with minus its second half before it: partners side by side */
             const float scale = t->weight ? scale_of(x, dim, t->epsilon) : 1;
-            for (int64_t i = 0; i < dim; i++) normed[i] = t->weight ? t->weight[i] * (x[i] * scale) : x[i];
-            for (int64_t i = 0; i < half; i++) {
-                y[i] = normed[i] * cosine[i] - normed[half + i] * sine[i];
-                y[half + i] = normed[half + i] * cosine[half + i] + normed[i] * sine[half + i];
+            for (int64_t i = 0; i < dim; i += LANES) {
+                const Vector v = read(x + i);
+                store(normed + half + i, t->weight ? rounded(read(t->weight + i) * rounded(v * scale)) : v);
+            }
+            for (int64_t i = 0; i < half; i++) normed[i] = -normed[dim + i];
+            for (int64_t i = 0; i < dim; i += LANES) {
+                const Vector along = rounded(load(normed + half + i) * read(t->cosine + row * dim + i));
+                write(y + i, along + rounded(load(normed + i) * read(t->sine + row * dim + i)));
             }
         }
 }
 
 /* silu(gate) * up, rows of both apart by `row` */
-void gated(const float *gate, const float *up, float *out, int64_t rows, int64_t width, int64_t row_gate, int64_t row_up) {
+void gated(const Number *gate, const Number *up, Number *out, int64_t rows, int64_t width, int64_t row_gate, int64_t row_up) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < width; i += LANES) {
-            const Vector x = load(gate + row * row_gate + i);
-            store(out + row * width + i, x / (1 + exponential(-x)) * load(up + row * row_up + i));
+            const Vector x = read(gate + row * row_gate + i);
+            write(out + row * width + i, rounded(x / (1 + exponential(-x))) * read(up + row * row_up + i));
         }
 }

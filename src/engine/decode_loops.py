@@ -1,11 +1,13 @@
-"""Loops of C for a decode step in fp32 on a processor with AVX2 (decode_loops.c), where there is a C compiler.
+"""Loops of C for a decode step on a processor of x86 (decode_loops.c), where there is a C compiler.
 
-Products of 8 to 32 rows take about two thirds of the time that oneDNN needs, which is torch's, and less than MKL's.
+In fp32 with AVX2 or AVX-512, in bf16 with AVX-512's instructions for it, by tiles (AMX) where there are. Products of
+few rows take less time than oneDNN's, which are torch's, and what lies between them is one call in place of many.
 """
 
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +17,36 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from src.engine.compiler import loops_of
 from src.engine.kernels import works
 
-LANES = 8  # numbers of a vector
-WIDTH, ROWS = 24, 4  # outputs and rows whose sums fill 12 of the 16 vector registers
 LONGEST_HEAD = 256
 WORTH_COMPILING = 2**19  # weights; a second of a compiler
 
 
+class Shape(NamedTuple):
+    """Numbers of a vector; outputs and rows whose sums fill its registers; what inputs are to be a multiple of."""
+
+    lanes: int
+    width: int
+    rows: int
+    inputs: int = 1
+
+
+def shape_for(dtype: torch.dtype) -> Shape | None:
+    """That of this processor's vectors; None where the loops are not for it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if dtype == torch.float32:
+        return {"AVX2": Shape(8, 24, 4), "AVX512": Shape(16, 48, 8)}.get(capability)
+    has_halves = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return Shape(16, 32, 8, 32) if dtype == torch.bfloat16 and has_halves else None
+
+
 @cache
-def functions() -> ctypes.CDLL | None:
-    """What is compiled of decode_loops.c."""
-    flags = (f"-DWIDTH={WIDTH}", f"-DROWS={ROWS}", f"-DLONGEST_HEAD={LONGEST_HEAD}")
-    found = loops_of(Path(__file__).with_suffix(".c"), "decoding without loops in C", flags)
+def functions(dtype: torch.dtype, shape: Shape) -> ctypes.CDLL | None:
+    """What is compiled of decode_loops.c for numbers of this type."""
+    sizes = {"HALF": int(dtype != torch.float32), "LANES": shape.lanes, "WIDTH": shape.width, "ROWS": shape.rows}
+    flags = tuple(f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD}).items())
+    has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    tiles = () if has_tiles else ("-mno-amx-bf16",)
+    found = loops_of(Path(__file__).with_suffix(".c"), "decoding without loops in C", (*flags, *tiles))
     if found is None:
         return None
     place, count = ctypes.c_void_p, ctypes.c_int64
@@ -36,48 +57,62 @@ def functions() -> ctypes.CDLL | None:
 
 
 @cache
-def product_works() -> bool:
+def product_works(dtype: torch.dtype, shape: Shape) -> bool:
     """Whether they can be compiled, and multiply as torch does; tells when not."""
 
     def trial() -> None:
-        x, weights = torch.randn(2, 50, 40, generator=torch.Generator().manual_seed(0))  # [50, 40] each
-        torch.testing.assert_close(product(x[:7], side_by_side(weights), None, 50), x[:7] @ weights.T)
+        x, weights = torch.randn(2, 50, 96, generator=torch.Generator().manual_seed(0)).to(dtype)  # [50, 96] each
+        expected = (x.double() @ weights.double().T).to(dtype)
+        torch.testing.assert_close(product(x, side_by_side(weights), None, 50), expected)
 
-    return functions() is not None and works("products without loops in C", trial)
+    return functions(dtype, shape) is not None and works("products without loops in C", trial)
 
 
 def applies(model) -> bool:
     """Whether they are for this model and processor, can be compiled, and nobody looks at operations (--profile)."""
-    parameters = list(model.parameters())
+    parameters, shape = list(model.parameters()), shape_for(model.dtype)
     return (
         model.device.type == "cpu"
-        and model.dtype == torch.float32
-        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        and shape is not None
         and not is_in_torch_dispatch_mode()
-        and all(type(one) is nn.Parameter and one.dtype == torch.float32 for one in parameters)  # not sharded
+        and all(type(one) is nn.Parameter and one.dtype == model.dtype for one in parameters)  # not sharded
         and sum(parameter.numel() for parameter in parameters) >= WORTH_COMPILING
-        and product_works()
+        and product_works(model.dtype, shape)
     )
 
 
-def loops() -> ctypes.CDLL:
+def loops(dtype: torch.dtype) -> ctypes.CDLL:
     """They, where they apply."""
-    found = functions()
+    shape = shape_for(dtype)
+    found = shape and functions(dtype, shape)
     assert found is not None
     return found
 
 
+def fits(weights: Tensor) -> bool:
+    """Whether the loop of this processor multiplies with these weights [outputs, inputs]."""
+    shape = shape_for(weights.dtype)
+    return shape is not None and weights.shape[1] % shape.inputs == 0 and product_works(weights.dtype, shape)
+
+
 def side_by_side(weights: Tensor) -> Tensor:
-    """weights [outputs, inputs] -> [panels, inputs, WIDTH], zeros behind the last output."""
-    filled = pad(weights, (0, 0, 0, -len(weights) % WIDTH))
-    return filled.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+    """weights [outputs, inputs] -> [panels, inputs, width], zeros behind the last output.
+
+    In bf16 two inputs of an output lie together: [panels, inputs / 2, 2 * width].
+    """
+    shape = shape_for(weights.dtype)
+    assert shape is not None
+    filled = pad(weights, (0, 0, 0, -len(weights) % shape.width))
+    if weights.dtype == torch.bfloat16:
+        filled = filled.view(torch.int32)  # [outputs, inputs / 2] pairs
+    return filled.unflatten(0, (-1, shape.width)).transpose(1, 2).contiguous().view(weights.dtype)
 
 
 def product(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     """x [..., inputs] and weights of side_by_side -> [..., outputs]."""
-    assert x.dtype == torch.float32
+    assert x.dtype == weights.dtype
     x, inputs = x.contiguous(), x.shape[-1]
     result = x.new_empty(*x.shape[:-1], outputs)
     rows, of_bias = x.numel() // inputs, None if bias is None else bias.data_ptr()
-    loops().product(x.data_ptr(), weights.data_ptr(), of_bias, result.data_ptr(), rows, inputs, outputs)
+    loops(x.dtype).product(x.data_ptr(), weights.data_ptr(), of_bias, result.data_ptr(), rows, inputs, outputs)
     return result
