@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+import src.engine.decode_loops as decode_loops
 from src.config import Config, ConfigError, TrainingConfig
 from src.engine.attention import check_attention
 from src.engine.compiler import X86
@@ -17,7 +18,7 @@ from src.engine.reference import StreamedReference
 from src.engine.sharding import shard
 
 logger = logging.getLogger("grpo")
-LIGHT_ON = ("cuda",)  # elsewhere it saves no time, and costs a little
+LIGHT_ON = ("cuda",)
 
 
 def is_lora(config: Config) -> bool:
@@ -69,6 +70,8 @@ def load_for(device: torch.device, config: Config, place: torch.device):
     if device.type in LIGHT_ON:
         lighten(model)
         put_side_by_side(model)
+    elif not config.model.compile and decode_loops.applies(model):
+        lighten(model, in_loops=True)
     return model
 
 

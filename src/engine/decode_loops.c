@@ -1,92 +1,13 @@
-/* A decode step in fp32 or bf16: its products, its attention, and what lies between them (decode_loops.py, cpu_layers.py).
+/* A decode step in fp32 or bf16: its products and its attention; layer_loops.c has what lies between them.
 
-   Numbers are computed in fp32, and in bf16 rounded where torch's operations round. Whatever the rows beside it, a row's
-   sums are added up in the same order. */
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h> /* HALF, LANES, WIDTH, ROWS and LONGEST_HEAD are given by decode_loops.py */
+   Whatever the rows beside it, a row's sums are added up in the same order. */
+#include "vectors.h"
 
 #define VECTORS (WIDTH / LANES)
 #define AT_ONCE 1024 /* inputs of a panel in fp32, so that it fits into a cache of 256 KiB */
 #define KEYS 64      /* whose scores are held at a time */
 #define AHEAD 4096   /* numbers of a row's own keys, fetched while its prompt's are read */
 #define HEADS 4      /* that read the same keys at once */
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Vector load(const float *place) { Vector v; memcpy(&v, place, sizeof v); return v; }
-INLINE void store(float *place, Vector v) { memcpy(place, &v, sizeof v); }
-
-#if HALF
-typedef uint16_t Number; /* the upper half of a float */
-INLINE Vector read(const Number *place) {
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)place)), 16);
-}
-INLINE void write(Number *place, Vector v) {
-    _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-INLINE Vector rounded(Vector v) {
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
-}
-#else
-typedef float Number;
-#define read load
-#define write store
-INLINE Vector rounded(Vector v) { return v; }
-#endif
-
-/* in a register from here on: the compiler would load it again for each use */
-INLINE Vector held(Vector v) {
-#if LANES == 16
-    __asm__("" : "+v"(v));
-#else
-    __asm__("" : "+x"(v));
-#endif
-    return v;
-}
-
-INLINE float sum_of(Vector v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
-}
-
-INLINE __m256 folded(Vector v) {
-#if LANES == 16
-    return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-#else
-    return (__m256)v;
-#endif
-}
-
-/* four sums at once, to place[0] ... place[3] */
-INLINE void store_sums(float *place, const Vector v[4]) {
-    const __m256 some = _mm256_hadd_ps(folded(v[0]), folded(v[1])), others = _mm256_hadd_ps(folded(v[2]), folded(v[3]));
-    const __m256 halves = _mm256_hadd_ps(some, others);
-    _mm_storeu_ps(place, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-}
-
-INLINE Vector larger(Vector a, Vector b) { /* of each pair, a where one is NaN */
-    const Integers mask = a < b;
-    return (Vector)(((Integers)b & mask) | ((Integers)a & ~mask));
-}
-
-/* e^x within two units of the last place, as in Cephes: 2^n times a polynomial; NaN stays */
-INLINE Vector exponential(Vector x) {
-    const Vector low = (Vector){0} - 87, high = (Vector){0} + 88, magic = (Vector){0} + 12582912;
-    x = -larger(-larger(x, low), -high);
-    const Vector shifted = x * 1.44269504f + magic, whole = shifted - magic; /* rounded to an integer */
-    x = x - whole * 0.693359375f - whole * -2.12194440e-4f;
-    Vector y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1;
-    return y * (Vector)(((Integers)shifted << 23) + 0x3f800000);
-}
 
 /* ------------------------------------------------------------------------------------------------------------------
    x [rows, inputs] times weights [outputs, inputs], of which WIDTH outputs lie side by side: [panels, inputs, WIDTH],
@@ -367,73 +288,5 @@ void attend(const Attention *a) {
             else if (left == 3) attend_heads(a, row, head, first, 3);
             else if (left == 2) attend_heads(a, row, head, first, 2);
             else attend_heads(a, row, head, first, 1);
-        }
-}
-
-/* ------------------------------------------------------------------------------------------------------------------
-   Norms, positions, gated products: what layer_kernels.py has for a GPU.
-   ------------------------------------------------------------------------------------------------------------------ */
-
-INLINE float scale_of(const Number *x, int64_t width, float epsilon) {
-    Vector sum = {0};
-    for (int64_t i = 0; i < width; i += LANES) sum += read(x + i) * read(x + i);
-    return 1 / sqrtf(sum_of(sum) / width + epsilon);
-}
-
-/* hidden += update, where there is one, and its RMS norm */
-void add_norm(Number *hidden, const Number *update, const Number *weight, Number *normed,
-              int64_t rows, int64_t width, float epsilon) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        Number *x = hidden + row * width;
-        for (int64_t i = 0; update && i < width; i += LANES) write(x + i, read(x + i) + read(update + row * width + i));
-        const float scale = scale_of(x, width, epsilon);
-        for (int64_t i = 0; i < width; i += LANES)
-            write(normed + row * width + i, read(weight + i) * rounded(read(x + i) * scale));
-    }
-}
-
-typedef struct { /* cpu_layers.py has the same */
-    const Number *source, *cosine, *sine, *weight; /* weight: of the norm of a head, where there is one */
-    Number *target;
-    const int64_t *slots, *places; /* of each row in `target`; NULL: its own, at the beginning */
-    int64_t rows, heads, dim, source_row, target_row, target_head;
-    float epsilon;
-} Turn;
-
-/* heads of each row to their place in `target`, normed and turned by their position where that is asked for */
-void turn(const Turn *t) {
-    const int64_t dim = t->dim, half = dim / 2;
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < t->rows; row++)
-        for (int64_t head = 0; head < t->heads; head++) {
-            const Number *x = t->source + row * t->source_row + head * dim;
-            Number *y = t->target + head * t->target_head;
-            y += t->places ? t->slots[row] * t->target_row + t->places[row] * dim : row * t->target_row;
-            if (!t->cosine) {
-                memcpy(y, x, sizeof(Number) * dim);
-                continue;
-            }
-            float normed[2 * LONGEST_HEAD]; /* from `half` on, with minus its second half before it: partners side by side */
-            const float scale = t->weight ? scale_of(x, dim, t->epsilon) : 1;
-            for (int64_t i = 0; i < dim; i += LANES) {
-                const Vector v = read(x + i);
-                store(normed + half + i, t->weight ? rounded(read(t->weight + i) * rounded(v * scale)) : v);
-            }
-            for (int64_t i = 0; i < half; i++) normed[i] = -normed[dim + i];
-            for (int64_t i = 0; i < dim; i += LANES) {
-                const Vector along = rounded(load(normed + half + i) * read(t->cosine + row * dim + i));
-                write(y + i, along + rounded(load(normed + i) * read(t->sine + row * dim + i)));
-            }
-        }
-}
-
-/* silu(gate) * up, rows of both apart by `row` */
-void gated(const Number *gate, const Number *up, Number *out, int64_t rows, int64_t width, int64_t row_gate, int64_t row_up) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < width; i += LANES) {
-            const Vector x = read(gate + row * row_gate + i);
-            write(out + row * width + i, rounded(x / (1 + exponential(-x))) * read(up + row * row_up + i));
         }
 }

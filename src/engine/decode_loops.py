@@ -19,6 +19,16 @@ from src.engine.kernels import works
 
 LONGEST_HEAD = 256
 WORTH_COMPILING = 2**19  # weights; a second of a compiler
+ARGUMENTS: dict[str, tuple] = {  # of functions that take no struct: places, then counts, then others
+    "product": (4, 3),
+    "add_norm": (4, 2, ctypes.c_float),
+    "gated": (3, 4),
+    "norm": (4, 2, ctypes.c_float),
+    "norm_gradient": (6, 2),
+    "gated_gradient": (6, 1),
+    "statistics": (5, 2),
+    "statistics_gradient": (7, 2),
+}
 
 
 class Shape(NamedTuple):
@@ -46,13 +56,9 @@ def functions(dtype: torch.dtype, shape: Shape) -> ctypes.CDLL | None:
     flags = tuple(f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD}).items())
     has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     tiles = () if has_tiles else ("-mno-amx-bf16",)
-    found = loops_of(Path(__file__).with_suffix(".c"), "decoding without loops in C", (*flags, *tiles))
-    if found is None:
-        return None
-    place, count = ctypes.c_void_p, ctypes.c_int64
-    found.product.argtypes = [place] * 4 + [count] * 3
-    found.add_norm.argtypes = [place] * 4 + [count] * 2 + [ctypes.c_float]
-    found.gated.argtypes = [place] * 3 + [count] * 4
+    found = loops_of(Path(__file__).with_name("loops.c"), "decoding without loops in C", (*flags, *tiles))
+    for name, (places, counts, *floats) in ARGUMENTS.items() if found else ():
+        getattr(found, name).argtypes = [ctypes.c_void_p] * places + [ctypes.c_int64] * counts + floats
     return found
 
 

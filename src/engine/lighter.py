@@ -1,19 +1,23 @@
 """Parts of a model that become lighter by their class alone: fewer kernels, or less kept for the backward pass.
 
 Weights, names and files stay theirs, and whoever calls a part, sampler, trainer or reference, calls the same. A part is
-changed only where it gives what it gave, tried on random numbers.
+changed only where it gives what it gave, tried on random numbers. On a CPU they are loops of C (training_loops.py).
 """
 
-from functools import cache
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.engine.decode_loops import LONGEST_HEAD
 from src.engine.decoding import cache_shape
+from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn, apply_to
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result, relative
+TURN = "apply_rotary_pos_emb"  # as all of transformers' models call it
 
 
 class GatedProduct(torch.autograd.Function):
@@ -53,37 +57,103 @@ def one_kernel_norm(norm: Any, hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
+def loop_norm(norm: Any, hidden: Tensor) -> Tensor:
+    """The same by a loop of C."""
+    if not apply_to(hidden, norm.weight):
+        return norm.plain(hidden) if hasattr(norm, "plain") else norm(hidden)
+    return LoopNorm.apply(hidden, norm.weight, norm.variance_epsilon)
+
+
+def loop_mlp(mlp: Any, hidden: Tensor) -> Tensor:
+    """The forward pass of a gated MLP with a loop of C."""
+    gate, up, down = mlp.gate_proj(hidden), mlp.up_proj(hidden), mlp.down_proj
+    if type(down) is not nn.Linear or not apply_to(gate, up, down.weight):
+        return down(mlp.act_fn(gate) * up)
+    return LoopGatedProduct.apply(gate, up, down.weight)
+
+
+def loop_turn(plain: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *others: Any) -> Any:
+    """In place of transformers' rotary positions: query and key [B, heads, T, D], cosine and sine [B or 1, T, D]."""
+    batch, _, length, dim = query.shape
+    alike = cosine.shape == sine.shape in {(batch, length, dim), (1, length, dim)} and dim <= LONGEST_HEAD
+    if others or not alike or not apply_to(query, key, cosine, sine):
+        return plain(query, key, cosine, sine, *others)
+    cosine, sine = (x.expand(batch, -1, -1) for x in (cosine, sine))
+    return tuple(LoopTurn.apply(x.transpose(1, 2), cosine, sine).transpose(1, 2) for x in (query, key))
+
+
+@cache
+def with_loop_turn(forward: Any) -> Any:
+    """An attention's forward pass that calls it."""
+    names = dict(forward.__globals__)
+    names[TURN] = partial(loop_turn, names[TURN])
+    changed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+@torch.enable_grad()
+def turns_the_same(plain: Any, dim: int, dtype: torch.dtype) -> bool:
+    """Whether loop_turn gives what transformers' function for these heads gives, with its gradient."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, slope = (torch.randn(1, heads, 5, dim, generator=draw).to(dtype) for heads in (2, 1, 2))
+    angle = torch.randn(1, 5, dim // 2, generator=draw).repeat(1, 1, 2)  # [1, T, D]
+    found = []
+    for function in (plain, partial(loop_turn, plain)):
+        query = query.detach().requires_grad_()
+        turned, other = function(query, key, angle.cos().to(dtype), angle.sin().to(dtype))
+        found.append([turned, other, *torch.autograd.grad(turned, query, slope)])
+    return all(bool((a - b).norm() <= ROUNDING[dtype] * a.norm()) for a, b in zip(*found, strict=True))
+
+
 @cache
 def with_forward(kind: Any, forward: Any) -> Any:
     """A class of parts with that forward pass; `plain` is its own."""
     return type(kind.__name__, (kind,), {"forward": forward, "plain": kind.forward, "__module__": kind.__module__})
 
 
+@torch.enable_grad()
 def gives_the_same(part: nn.Module, other: Any, width: int, like: Tensor) -> bool:
-    """Whether other(part, hidden) is part(hidden) but for rounding, of small numbers and of large ones."""
+    """Whether other(part, hidden) is part(hidden) but for rounding, of small numbers and of large; the gradient too."""
+    draw = torch.Generator().manual_seed(0)
     for scale in (1, 100):
-        hidden = scale * torch.randn(3, width, generator=torch.Generator().manual_seed(0))  # [3, width]
-        hidden = hidden.to(like.device, like.dtype)
-        expected = part(hidden).float()
-        error = (other(part, hidden).float() - expected).norm()
-        if not error <= ROUNDING[like.dtype] * expected.norm() or expected.norm() == 0:
-            return False
+        hidden, slope = torch.randn(2, 3, width, generator=draw).to(like.device, like.dtype)  # [3, width] each
+        found = []
+        for function in (part, partial(other, part)):
+            x = (scale * hidden).requires_grad_()
+            result = function(x)
+            found.append((result, *torch.autograd.grad(result, x, slope)))
+        for ours, theirs in zip(*reversed(found), strict=True):
+            error, size = (ours.float() - theirs.float()).norm(), theirs.float().norm()
+            if not error <= ROUNDING[like.dtype] * size or size == 0:
+                return False
     return True
 
 
+def lighter_forward(part: Any, dtype: torch.dtype, in_loops: bool) -> Any:
+    """Its forward pass as it can be lighter; None where it stays."""
+    for_norm, for_mlp, gated = (
+        (loop_norm, loop_mlp, loop_mlp) if in_loops else (one_kernel_norm, lean_mlp, gated_product)
+    )
+    down, weight, forward = getattr(part, "down_proj", None), getattr(part, "weight", None), type(part).forward
+    if hasattr(part, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dtype == dtype:
+        return for_norm if gives_the_same(part, for_norm, len(weight), weight) else None
+    if type(down) is nn.Linear and down.bias is None and hasattr(part, "gate_proj") and hasattr(part, "up_proj"):
+        return for_mlp if gives_the_same(part, gated, part.gate_proj.in_features, down.weight) else None
+    if in_loops and TURN in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return with_loop_turn(forward) if turns_the_same(forward.__globals__[TURN], part.head_dim, dtype) else None
+    return None
+
+
 @torch.no_grad()
-def lighten(model) -> int:
-    """Norms become one kernel in place of six, gated MLPs keep half of what they kept; how many parts do."""
+def lighten(model, in_loops: bool = False) -> int:
+    """Norms become one kernel in place of six, gated MLPs keep half of what they kept; how many parts do.
+
+    `in_loops`: they, and rotary positions, are loops of C.
+    """
     changed = 0
     for part in [part for part in model.modules() if not hasattr(type(part), "plain")]:
-        forward: Any = None
-        down: Any = getattr(part, "down_proj", None)
-        weight: Any = getattr(part, "weight", None)
-        if hasattr(part, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dtype == model.dtype:
-            forward = one_kernel_norm if gives_the_same(part, one_kernel_norm, len(weight), weight) else None
-        elif type(down) is nn.Linear and down.bias is None and hasattr(part, "gate_proj") and hasattr(part, "up_proj"):
-            same = gives_the_same(part, gated_product, part.gate_proj.in_features, down.weight)
-            forward = lean_mlp if same else None
+        forward = lighter_forward(part, model.dtype, in_loops)
         if forward is not None:
             part.__class__ = with_forward(type(part), forward)  # type: ignore[arg-type]  # a class can be hashed
             changed += 1
@@ -96,8 +166,8 @@ def kept_of_layer(model) -> int:
     hidden = shape.hidden_size
     wide = max(getattr(shape, "intermediate_size", None) or 4 * hidden, hidden)
     parts = list(model.modules())
-    lean = any(type(part).forward is lean_mlp and type(part.down_proj) is nn.Linear for part in parts)
-    if not lean or all(type(part).forward is not one_kernel_norm for part in parts):
+    lean = any(type(part).forward in (lean_mlp, loop_mlp) and type(part.down_proj) is nn.Linear for part in parts)
+    if not lean or all(type(part).forward not in (one_kernel_norm, loop_norm) for part in parts):
         return 12 * hidden + 4 * wide  # norms keep fp32 copies, adapters their inputs
     _, kv_heads, head_dim = cache_shape(model)
     heads = (shape.num_attention_heads + kv_heads) * head_dim  # of queries and keys, as of output and values

@@ -5,11 +5,14 @@ Any other distance goes through autograd (scoring.py).
 """
 
 import logging
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+import src.engine.training_loops as training_loops
+from src.engine.training_loops import FEWEST, apply_to
 
 logger = logging.getLogger("grpo")
 DIRECTIONS = ("reverse", "forward")  # of the KL: policy || anchor, anchor || policy
@@ -105,6 +108,13 @@ def measure(fused: bool, *arguments) -> list:
     return [column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in columns]
 
 
+def measure_in_loops(logits, target, anchor_logits, kl_direction) -> list:
+    """The same in loops of C; without a KL."""
+    chosen, entropy, normalizer = training_loops.statistics(logits, target)
+    anchor_chosen = None if anchor_logits is None else training_loops.statistics(anchor_logits, target)[0]
+    return [chosen, entropy, anchor_chosen, None, normalizer, None]
+
+
 def differentiate(fused: bool, *arguments) -> Tensor:
     """logits_gradient, by itself or by its compiled form."""
     if fused:
@@ -161,7 +171,9 @@ class TokenStatistics(torch.autograd.Function):
             raise ValueError(f"a KL has the direction {' or '.join(DIRECTIONS)}, not {kl_direction!r}")
         target = target_ids[:, None]
         ctx.fused, ctx.kl_direction = fuses(logits, target, anchor_logits, kl_direction), kl_direction
-        *results, normalizer, anchor_normalizer = measure(ctx.fused, logits, target, anchor_logits, kl_direction)
+        ctx.in_loops = kl_direction is None and logits.numel() >= FEWEST and apply_to(logits, whole=False)
+        measured = measure_in_loops if ctx.in_loops else partial(measure, ctx.fused)
+        *results, normalizer, anchor_normalizer = measured(logits, target, anchor_logits, kl_direction)
         _, entropy, anchor_chosen, kl = results
         if anchor_chosen is not None:
             ctx.mark_non_differentiable(anchor_chosen)
@@ -172,5 +184,9 @@ class TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_chosen, of_entropy, _, of_kl):
-        gradient = differentiate(ctx.fused, *ctx.saved_tensors, of_chosen, of_entropy, of_kl, ctx.kl_direction)
+        if ctx.in_loops:
+            logits, _, normalizer, _, target, entropy, _ = ctx.saved_tensors
+            gradient = training_loops.statistics_gradient(logits, target, normalizer, entropy, of_chosen, of_entropy)
+        else:
+            gradient = differentiate(ctx.fused, *ctx.saved_tensors, of_chosen, of_entropy, of_kl, ctx.kl_direction)
         return gradient, None, None, None

@@ -1,0 +1,4 @@
+/* All of them, to be compiled at once. */
+#include "decode_loops.c"
+#include "layer_loops.c"
+#include "training_loops.c"
