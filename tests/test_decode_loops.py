@@ -1,5 +1,6 @@
 """The loops of C of a decode step against float64, and where they are not for a model."""
 
+import ctypes
 import logging
 import shutil
 
@@ -47,12 +48,14 @@ def tiles(request, monkeypatch):
     elif not has_tiles:
         pytest.skip("this processor has no tiles")
     decode_loops.functions.cache_clear()
+    used = ctypes.c_int.in_dll(decode_loops.loops(torch.bfloat16), "has_tiles").value
+    assert used == (request.param == "tiles")
     yield
     decode_loops.functions.cache_clear()
 
 
-def numbers(*shape: int, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+def numbers(*shape: int, dtype=torch.float32, draw=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * draw + sum(shape))).to(dtype)
 
 
 def make(kind=LlamaConfig, dtype=torch.float32, **changes):
@@ -131,10 +134,10 @@ def exact_attention(query, prompt, own, prompt_lengths, rows, places, scaling):
 def test_attention_is_that_of_float64_and_reads_nothing_behind(repeats, vectors, dtype):
     dim = 256 if vectors == "all" else vectors * shape_for(dtype).lanes
     prompt_lengths, rows, lengths = np.array([1, 64, 150]), np.array([2, 0, 1, 2, 0]), np.array([0, 5, 63, 64, 199])
-    prompt = [numbers(1, 3, 2, 150, dim, dtype=dtype) for _ in range(2)]
-    own = [numbers(5, 2, 200, dim, dtype=dtype) for _ in range(2)]
+    prompt = [numbers(1, 3, 2, 150, dim, dtype=dtype, draw=draw) for draw in (1, 2)]
+    own = [numbers(5, 2, 200, dim, dtype=dtype, draw=draw) for draw in (1, 2)]
     query = 3 * numbers(5, 2 * repeats, 1, dim, dtype=dtype)
-    new = [numbers(5, 2, 1, dim, dtype=dtype) for _ in range(2)]
+    new = [numbers(5, 2, 1, dim, dtype=dtype, draw=draw) for draw in (1, 2)]
     attention = LoopAttention((*prompt, prompt_lengths), 5, 200)
     for part, values in zip((attention.keys, attention.values), own, strict=True):
         part[0].copy_(values)

@@ -1,17 +1,20 @@
 """The loops of C of an update against autograd in float64, and where they are used."""
 
 import copy
+import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_decode_loops import ROUNDING, in_each, needs_loops, numbers
 from test_packing import CONFIGS, make_pair, make_row, parts_of, scores_and_gradients
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from src.config import LoraConfig
 from src.engine import lighter, statistics, training_loops
 from src.engine.decode_loops import shape_for
-from src.engine.lighter import kept_of_layer, lighten, loop_mlp, loop_norm
+from src.engine.lighter import lighten, loop_mlp, loop_norm
 from src.engine.scoring import score
 from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn
 
@@ -78,7 +81,7 @@ def test_a_gated_product_and_its_gradient(scale, dtype):
 @in_each
 @pytest.mark.parametrize("batches", [1, 2])
 def test_positions_and_their_gradient(batches, dtype):
-    query, slope = wanting(2, 3, 7, 32, dtype=dtype), numbers(2, 3, 7, 32, dtype=dtype)  # [B, heads, T, D]
+    query, slope = wanting(2, 3, 7, 32, dtype=dtype), numbers(2, 3, 7, 32, dtype=dtype, draw=1)  # [B, heads, T, D]
     angle = numbers(batches, 7, 16).repeat(1, 1, 2)  # [B or 1, T, D]
     cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
     found = ours(lambda x: lighter.loop_turn(None, x, x.detach(), cosine, sine)[0], query, slope)
@@ -120,6 +123,17 @@ def test_statistics_of_logits_and_their_gradient(vocabulary, scale, dtype):
         (gradient,) = torch.autograd.grad(outputs, exact_logits, [x.double() for x in given], retain_graph=True)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), gradient, rtol=ROUNDING[dtype], atol=2e-5)
+
+
+@in_each
+def test_many_small_weights_beside_a_large_one_are_not_lost(dtype):
+    logits = torch.zeros(1, 151936, dtype=dtype)
+    logits[0, 0] = 17.25  # the others have half a percent together, 4e-8 each
+    target = torch.zeros(1, 1, dtype=torch.long)
+    chosen, entropy, _ = training_loops.statistics(logits, target)
+    expected = entropy_and_chosen(logits.double(), target)
+    torch.testing.assert_close(chosen.double(), expected[0], rtol=5e-3, atol=0)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=5e-3, atol=0)
 
 
 @in_each
@@ -173,27 +187,104 @@ def test_a_model_in_loops_gives_the_same_scores_and_gradients(name, dtype):
     for theirs, found in zip(*(scores_and_gradients(model, dtype) for model in (plain, lighter_one)), strict=True):
         assert (found - theirs).norm() <= rounding * theirs.norm()
     assert copy.deepcopy(lighter_one).state_dict().keys() == plain.state_dict().keys()
-    assert kept_of_layer(lighter_one) < kept_of_layer(plain)
     assert lighten(lighter_one, in_loops=True) == 0
 
 
 @needs_loops
-@pytest.mark.parametrize("wrong", ["norm", "gate", "turn", "gradient"])
-def test_a_loop_that_is_wrong_is_not_taken(wrong, monkeypatch):
-    owner = {"norm": LoopNorm, "gate": LoopGatedProduct, "turn": LoopTurn, "gradient": LoopNorm}[wrong]
-    direction = "backward" if wrong == "gradient" else "forward"
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["Norm", "MLP", "Attention"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_loop_that_is_wrong_is_not_taken(direction, kind, which, monkeypatch):
+    owner = {"Norm": LoopNorm, "MLP": LoopGatedProduct, "Attention": LoopTurn}[kind]
     plain = getattr(owner, direction)
 
     def scaled(*arguments):
         found = plain(*arguments)
-        return (1.01 * found[0], *found[1:]) if isinstance(found, tuple) else 1.01 * found
+        if not isinstance(found, tuple):
+            return 1.01 * found
+        last = max(index for index, one in enumerate(found) if one is not None)
+        wrong = last if which else 0  # a gradient by the weight, or by what goes in
+        return tuple(1.01 * one if index == wrong else one for index, one in enumerate(found))
 
     model = make_pair("qwen3")[0]
     monkeypatch.setattr(owner, direction, staticmethod(scaled))
     lighten(model, in_loops=True)
-    kinds = {"norm": "Norm", "gate": "MLP", "turn": "Attention", "gradient": "Norm"}
     for word in ("Norm", "MLP", "Attention"):
-        assert all(hasattr(type(part), "plain") == (word != kinds[wrong]) for part in parts_of(model, word))
+        assert all(hasattr(type(part), "plain") == (word != kind) for part in parts_of(model, word))
+
+
+@needs_loops
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_in_loops_have_the_same_gradients(checkpointing):
+    from src.engine.lora import add_adapter  # here, because only a LoRA run needs peft
+
+    found = []
+    for in_loops in (False, True):
+        model = make_pair("qwen3")[0]
+        if in_loops:
+            assert lighten(model, in_loops=True)
+        torch.manual_seed(1)
+        adapted = add_adapter(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"]), 0)
+        if checkpointing:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+            adapted.train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data, 0.0, 0.1)
+        score(adapted, make_row(), 1.0).logprobs.sum().backward()
+        found.append([parameter.grad for parameter in adapted.parameters() if parameter.requires_grad])
+    assert len(found[0]) > 6
+    for theirs, ours_ in zip(*found, strict=True):
+        assert float((ours_ - theirs).norm()) <= 1e-4 * float(theirs.norm())
+
+
+@needs_loops
+def test_attentions_that_turn_in_another_way_stay_as_they_are():
+    neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=60, hidden_size=64, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2), dtype=torch.float32)  # fmt: skip
+    assert not hasattr(neox.gpt_neox.layers[0].attention, "head_dim")
+    lighten(neox, in_loops=True)
+    assert not hasattr(type(neox.gpt_neox.layers[0].attention), "plain")
+    calls = []
+
+    def plain(*given, **named):
+        calls.append((len(given), tuple(named)))
+        return "plain"
+
+    x, angle = numbers(1, 2, 5, 32), numbers(1, 5, 32)
+    assert lighter.loop_turn(plain, x, x, angle, angle, unsqueeze_dim=1) == "plain"
+    assert lighter.loop_turn(plain, x, cosine=angle, sine=angle) == "plain"
+    assert lighter.loop_turn(plain, x, angle, angle) == "plain"
+    assert calls == [(4, ("unsqueeze_dim",)), (1, ("cosine", "sine")), (3, ())]
+
+
+@needs_loops
+def test_a_rollout_multiplies_in_its_own_way_behind_a_gated_product():
+    model = make_pair("llama")[0]
+    mlp, hidden = parts_of(model, "MLP")[0], numbers(3, 32)
+    lighten(model, in_loops=True)
+    with torch.no_grad():
+        expected = mlp(hidden)
+        vars(mlp.down_proj)["forward"] = lambda x: 2 * F.linear(x, mlp.down_proj.weight)
+        torch.testing.assert_close(mlp(hidden), 2 * expected)
+
+
+@needs_loops
+def test_statistics_that_are_wrong_are_not_taken(monkeypatch, caplog):
+    logits = numbers(3, 100)
+    monkeypatch.setattr(statistics, "FEWEST", 0)
+    measured, gradient = training_loops.statistics, training_loops.statistics_gradient
+    for name, wrong in (
+        ("statistics", lambda *given: (1.01 * measured(*given)[0], *measured(*given)[1:])),
+        ("statistics_gradient", lambda *given: 1.01 * gradient(*given)),
+    ):
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "grpo"):
+            patch.setattr(training_loops, name, wrong)
+            statistics.loops_agree.cache_clear()
+            assert not statistics.loops_work(logits, None)
+    statistics.loops_agree.cache_clear()
+    assert len(caplog.records) == 2 and "statistics of logits without loops in C, which is slower" in caplog.text
+    assert statistics.loops_work(logits, None) and not statistics.loops_work(logits, logits.double())
 
 
 @needs_loops

@@ -37,7 +37,8 @@ INLINE void finish(const Tile *t, const int rows, const float *sums) {
 }
 #endif
 
-#if HALF && defined(__AMX_BF16__)
+#if TILES
+const int has_tiles = 1;
 #define PASS 32 /* rows: two tiles of 16 */
 
 typedef struct { /* as the processor reads it */
@@ -96,6 +97,7 @@ static void some_rows(const Tile t, const int rows, const int goes_on) {
 }
 
 #else
+const int has_tiles = 0;
 #define PASS ROWS
 static void configure(int rows) {}
 static void release(void) {}

@@ -53,10 +53,9 @@ def shape_for(dtype: torch.dtype) -> Shape | None:
 def functions(dtype: torch.dtype, shape: Shape) -> ctypes.CDLL | None:
     """What is compiled of decode_loops.c for numbers of this type."""
     sizes = {"HALF": int(dtype != torch.float32), "LANES": shape.lanes, "WIDTH": shape.width, "ROWS": shape.rows}
+    sizes["TILES"] = int(dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
     flags = tuple(f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD}).items())
-    has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-    tiles = () if has_tiles else ("-mno-amx-bf16",)
-    found = loops_of(Path(__file__).with_name("loops.c"), "decoding without loops in C", (*flags, *tiles))
+    found = loops_of(Path(__file__).with_name("loops.c"), "decoding without loops in C", flags)
     for name, (places, counts, *floats) in ARGUMENTS.items() if found else ():
         getattr(found, name).argtypes = [ctypes.c_void_p] * places + [ctypes.c_int64] * counts + floats
     return found

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from src.engine.decode_loops import LONGEST_HEAD
 from src.engine.decoding import cache_shape
-from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn, apply_to
+from src.engine.memory import out_of_memory
+from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn, apply_to, gated
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result, relative
 TURN = "apply_rotary_pos_emb"  # as all of transformers' models call it
@@ -60,26 +61,37 @@ def one_kernel_norm(norm: Any, hidden: Tensor) -> Tensor:
 def loop_norm(norm: Any, hidden: Tensor) -> Tensor:
     """The same by a loop of C."""
     if not apply_to(hidden, norm.weight):
-        return norm.plain(hidden) if hasattr(norm, "plain") else norm(hidden)
+        return getattr(norm, "plain", norm)(hidden)
     return LoopNorm.apply(hidden, norm.weight, norm.variance_epsilon)
 
 
 def loop_mlp(mlp: Any, hidden: Tensor) -> Tensor:
     """The forward pass of a gated MLP with a loop of C."""
-    gate, up, down = mlp.gate_proj(hidden), mlp.up_proj(hidden), mlp.down_proj
-    if type(down) is not nn.Linear or not apply_to(gate, up, down.weight):
-        return down(mlp.act_fn(gate) * up)
+    down = mlp.down_proj
+    if type(down) is not nn.Linear or not apply_to(hidden, down.weight):
+        return getattr(mlp, "plain", mlp)(hidden)
+    gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
+    if not torch.is_grad_enabled():  # perhaps in a rollout, which multiplies in its own way
+        return down(gated(gate, up))
     return LoopGatedProduct.apply(gate, up, down.weight)
 
 
-def loop_turn(plain: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *others: Any) -> Any:
+def loop_turn(plain: Any, *given: Any, **named: Any) -> Any:
     """In place of transformers' rotary positions: query and key [B, heads, T, D], cosine and sine [B or 1, T, D]."""
-    batch, _, length, dim = query.shape
-    alike = cosine.shape == sine.shape in {(batch, length, dim), (1, length, dim)} and dim <= LONGEST_HEAD
-    if others or not alike or not apply_to(query, key, cosine, sine):
-        return plain(query, key, cosine, sine, *others)
-    cosine, sine = (x.expand(batch, -1, -1) for x in (cosine, sine))
+    if named or len(given) != 4 or not turns(*given):
+        return plain(*given, **named)
+    query, key, cosine, sine = given
+    cosine, sine = (x.expand(len(query), -1, -1) for x in (cosine, sine))
     return tuple(LoopTurn.apply(x.transpose(1, 2), cosine, sine).transpose(1, 2) for x in (query, key))
+
+
+def turns(query: Any, key: Any, cosine: Any, sine: Any) -> bool:
+    """Whether the loop is for these."""
+    if any(not isinstance(x, Tensor) or x.dim() != 4 for x in (query, key)) or query.shape[::2] != key.shape[::2]:
+        return False
+    batch, _, length, dim = query.shape
+    alike = cosine.shape == sine.shape in {(batch, length, dim), (1, length, dim)} and key.shape[-1] == dim
+    return alike and dim <= LONGEST_HEAD and apply_to(query, key, cosine, sine)
 
 
 @cache
@@ -92,18 +104,27 @@ def with_loop_turn(forward: Any) -> Any:
     return changed
 
 
+def close(found: Any, expected: Any) -> bool:
+    """Whether each of these tensors is what is expected but for rounding."""
+    for ours, theirs in zip(found, expected, strict=True):
+        error, size = (ours.float() - theirs.float()).norm(), theirs.float().norm()
+        if not error <= ROUNDING[theirs.dtype] * size or size == 0:  # NaN is wrong too
+            return False
+    return True
+
+
 @torch.enable_grad()
 def turns_the_same(plain: Any, dim: int, dtype: torch.dtype) -> bool:
-    """Whether loop_turn gives what transformers' function for these heads gives, with its gradient."""
+    """Whether loop_turn gives what transformers' function for these heads gives, with its gradients."""
     draw = torch.Generator().manual_seed(0)
-    query, key, slope = (torch.randn(1, heads, 5, dim, generator=draw).to(dtype) for heads in (2, 1, 2))
+    shapes = [(1, heads, 5, dim) for heads in (2, 1, 2, 1)]
+    query, key, *slopes = (torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes)
     angle = torch.randn(1, 5, dim // 2, generator=draw).repeat(1, 1, 2)  # [1, T, D]
     found = []
-    for function in (plain, partial(loop_turn, plain)):
-        query = query.detach().requires_grad_()
-        turned, other = function(query, key, angle.cos().to(dtype), angle.sin().to(dtype))
-        found.append([turned, other, *torch.autograd.grad(turned, query, slope)])
-    return all(bool((a - b).norm() <= ROUNDING[dtype] * a.norm()) for a, b in zip(*found, strict=True))
+    for function in (partial(loop_turn, plain), plain):
+        turned = function(query, key, angle.cos().to(dtype), angle.sin().to(dtype))
+        found.append([*turned, *torch.autograd.grad(turned, (query, key), slopes)])
+    return close(*found)
 
 
 @cache
@@ -114,33 +135,30 @@ def with_forward(kind: Any, forward: Any) -> Any:
 
 @torch.enable_grad()
 def gives_the_same(part: nn.Module, other: Any, width: int, like: Tensor) -> bool:
-    """Whether other(part, hidden) is part(hidden) but for rounding, of small numbers and of large; the gradient too."""
-    draw = torch.Generator().manual_seed(0)
+    """Whether other(part, hidden) is part(hidden) but for rounding, of small numbers and large; the gradients too."""
+    draw, weights = torch.Generator().manual_seed(0), [x for x in part.parameters() if x.requires_grad]
     for scale in (1, 100):
         hidden, slope = torch.randn(2, 3, width, generator=draw).to(like.device, like.dtype)  # [3, width] each
-        found = []
-        for function in (part, partial(other, part)):
-            x = (scale * hidden).requires_grad_()
-            result = function(x)
-            found.append((result, *torch.autograd.grad(result, x, slope)))
-        for ours, theirs in zip(*reversed(found), strict=True):
-            error, size = (ours.float() - theirs.float()).norm(), theirs.float().norm()
-            if not error <= ROUNDING[like.dtype] * size or size == 0:
-                return False
+        hidden, found = (scale * hidden).requires_grad_(), []
+        for function in (partial(other, part), part):
+            result = function(hidden)
+            found.append((result, *torch.autograd.grad(result, [hidden, *weights], slope)))
+        if not close(*found):
+            return False
     return True
 
 
 def lighter_forward(part: Any, dtype: torch.dtype, in_loops: bool) -> Any:
     """Its forward pass as it can be lighter; None where it stays."""
-    for_norm, for_mlp, gated = (
+    for_norm, for_mlp, gated_mlp = (
         (loop_norm, loop_mlp, loop_mlp) if in_loops else (one_kernel_norm, lean_mlp, gated_product)
     )
     down, weight, forward = getattr(part, "down_proj", None), getattr(part, "weight", None), type(part).forward
     if hasattr(part, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dtype == dtype:
         return for_norm if gives_the_same(part, for_norm, len(weight), weight) else None
     if type(down) is nn.Linear and down.bias is None and hasattr(part, "gate_proj") and hasattr(part, "up_proj"):
-        return for_mlp if gives_the_same(part, gated, part.gate_proj.in_features, down.weight) else None
-    if in_loops and TURN in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return for_mlp if gives_the_same(part, gated_mlp, part.gate_proj.in_features, down.weight) else None
+    if in_loops and TURN in getattr(forward, "__globals__", ()) and TURN in forward.__code__.co_names:
         return with_loop_turn(forward) if turns_the_same(forward.__globals__[TURN], part.head_dim, dtype) else None
     return None
 
@@ -153,7 +171,12 @@ def lighten(model, in_loops: bool = False) -> int:
     """
     changed = 0
     for part in [part for part in model.modules() if not hasattr(type(part), "plain")]:
-        forward = lighter_forward(part, model.dtype, in_loops)
+        try:
+            forward = lighter_forward(part, model.dtype, in_loops)
+        except Exception as error:  # of a part that wants to be called in another way: it stays as it is
+            if out_of_memory(error):
+                raise
+            continue
         if forward is not None:
             part.__class__ = with_forward(type(part), forward)  # type: ignore[arg-type]  # a class can be hashed
             changed += 1
@@ -166,8 +189,8 @@ def kept_of_layer(model) -> int:
     hidden = shape.hidden_size
     wide = max(getattr(shape, "intermediate_size", None) or 4 * hidden, hidden)
     parts = list(model.modules())
-    lean = any(type(part).forward in (lean_mlp, loop_mlp) and type(part.down_proj) is nn.Linear for part in parts)
-    if not lean or all(type(part).forward not in (one_kernel_norm, loop_norm) for part in parts):
+    lean = any(type(part).forward is lean_mlp and type(part.down_proj) is nn.Linear for part in parts)
+    if not lean or all(type(part).forward is not one_kernel_norm for part in parts):
         return 12 * hidden + 4 * wide  # norms keep fp32 copies, adapters their inputs
     _, kv_heads, head_dim = cache_shape(model)
     heads = (shape.num_attention_heads + kv_heads) * head_dim  # of queries and keys, as of output and values

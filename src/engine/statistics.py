@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import src.engine.training_loops as training_loops
+from src.engine.kernels import works
 from src.engine.training_loops import FEWEST, apply_to
 
 logger = logging.getLogger("grpo")
@@ -115,6 +116,34 @@ def measure_in_loops(logits, target, anchor_logits, kl_direction) -> list:
     return [chosen, entropy, anchor_chosen, None, normalizer, None]
 
 
+def loops_work(logits, anchor_logits) -> bool:
+    """Whether they are for so many logits, tried once."""
+    tensors = [logits] if anchor_logits is None else [logits, anchor_logits]
+    return logits.numel() >= FEWEST and apply_to(*tensors, whole=False) and loops_agree(logits.dtype)
+
+
+@cache
+def loops_agree(dtype: torch.dtype) -> bool:
+    """Whether the loops give what torch gives; tells when not."""
+
+    def trial() -> None:
+        draw, outcomes = torch.Generator().manual_seed(0), []
+        logits, target = 5 * torch.randn(7, 1001, generator=draw).to(dtype), torch.arange(0, 1001, 166)[:, None]
+        slopes = torch.randn(2, 7, generator=draw)
+        for in_loops in (True, False):
+            measured = measure_in_loops if in_loops else partial(measure, False)
+            chosen, entropy, anchor_chosen, _, normalizer, _ = measured(logits, target, logits, None)
+            if in_loops:
+                gradient = training_loops.statistics_gradient(logits, target, normalizer, entropy, *slopes)
+            else:
+                kept = logits, None, normalizer, None, target, entropy, None
+                gradient = differentiate(False, *kept, *slopes, None, None)
+            outcomes.append([chosen, entropy, anchor_chosen, normalizer, gradient])
+        torch.testing.assert_close(*outcomes, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
+
+    return works("statistics of logits without loops in C", trial)
+
+
 def differentiate(fused: bool, *arguments) -> Tensor:
     """logits_gradient, by itself or by its compiled form."""
     if fused:
@@ -171,7 +200,7 @@ class TokenStatistics(torch.autograd.Function):
             raise ValueError(f"a KL has the direction {' or '.join(DIRECTIONS)}, not {kl_direction!r}")
         target = target_ids[:, None]
         ctx.fused, ctx.kl_direction = fuses(logits, target, anchor_logits, kl_direction), kl_direction
-        ctx.in_loops = kl_direction is None and logits.numel() >= FEWEST and apply_to(logits, whole=False)
+        ctx.in_loops = kl_direction is None and loops_work(logits, anchor_logits)
         measured = measure_in_loops if ctx.in_loops else partial(measure, ctx.fused)
         *results, normalizer, anchor_normalizer = measured(logits, target, anchor_logits, kl_direction)
         _, entropy, anchor_chosen, kl = results

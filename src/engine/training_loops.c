@@ -3,7 +3,8 @@
    Sums do not depend on the number of threads. In bf16 a gradient is rounded once, at its end. */
 #include "vectors.h"
 
-#define PARTS 16 /* of the rows, whose shares of a weight's gradient are added up by whoever called */
+#define BLOCK (64 * LANES) /* of a row, added up by itself: beside a large number many small ones would vanish */
+#define PARTS 64 /* of the rows, whose shares of a weight's gradient are added up by whoever called */
 
 /* x * its scale, which is kept for the gradient, * weight */
 void norm(const Number *x, const Number *weight, Number *out, float *scales, int64_t rows, int64_t width, float epsilon) {
@@ -73,11 +74,16 @@ void statistics(const Number *logits, const int64_t *targets, float *chosen, flo
         for (int64_t i = 0; i < width; i += LANES) largest = larger(some(x + i, width - i, x[0]), largest);
         float most = largest[0];
         for (int i = 1; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const Vector below = some(x + i, width - i, x[0]) - most;
-            const Vector weight = inside(exponential(below), width - i);
-            sum += weight;
-            moment += weight * below;
+        for (int64_t from = 0; from < width; from += BLOCK) {
+            Vector some_sum = {0}, some_moment = {0};
+            for (int64_t i = from; i < width && i < from + BLOCK; i += LANES) {
+                const Vector below = some(x + i, width - i, x[0]) - most;
+                const Vector weight = inside(exponential(below), width - i);
+                some_sum += weight;
+                some_moment += weight * below;
+            }
+            sum += some_sum;
+            moment += some_moment;
         }
         const float total = sum_of(sum), rest = logf(total);
         chosen[row] = some(x + targets[row], 1, 0)[0] - most - rest;

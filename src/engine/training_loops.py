@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from src.engine.cpu_layers import TurnArguments
 from src.engine.decode_loops import functions, loops, shape_for
 
-PARTS = 16  # as in training_loops.c
+PARTS = 64  # as in training_loops.c
 FEWEST = 2**18  # logits that are worth a compiler's second
 
 
@@ -42,7 +42,7 @@ class LoopNorm(torch.autograd.Function):
     @staticmethod
     def forward(context, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """hidden [..., width], weight [width] -> [..., width]."""
-        hidden, width = hidden.contiguous(), hidden.shape[-1]
+        hidden, weight, width = hidden.contiguous(), weight.contiguous(), hidden.shape[-1]
         out, scales = torch.empty_like(hidden), hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
         loops(hidden.dtype).norm(*places(hidden, weight, out, scales), scales.numel(), width, epsilon)
         context.save_for_backward(hidden, weight, scales)
@@ -60,17 +60,23 @@ class LoopNorm(torch.autograd.Function):
         return of_hidden, of_weight.sum(0).to(weight.dtype) if context.needs_input_grad[1] else None, None
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., wide] each."""
+    gate, up, wide = gate.contiguous(), up.contiguous(), gate.shape[-1]
+    product = torch.empty_like(gate)
+    loops(gate.dtype).gated(*places(gate, up, product), gate.numel() // wide, wide, wide, wide)
+    return product
+
+
 class LoopGatedProduct(torch.autograd.Function):
     """As GatedProduct of lighter.py, which has it for a GPU."""
 
     @staticmethod
     def forward(context, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         """gate and up [..., wide], weight [hidden, wide] -> [..., hidden]."""
-        gate, up, wide = gate.contiguous(), up.contiguous(), gate.shape[-1]
+        gate, up = gate.contiguous(), up.contiguous()
         context.save_for_backward(gate, up, weight)
-        product = torch.empty_like(gate)
-        loops(gate.dtype).gated(*places(gate, up, product), gate.numel() // wide, wide, wide, wide)
-        return F.linear(product, weight)
+        return F.linear(gated(gate, up), weight)
 
     @staticmethod
     @once_differentiable
@@ -116,10 +122,10 @@ def statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def statistics_gradient(logits, target, normalizer, entropy, of_chosen, of_entropy) -> Tensor:
     """Gradient by the logits [tokens, vocab] of what `statistics` gives; of_entropy may be None."""
-    logits, target = logits.contiguous(), target.contiguous()
+    logits, target, normalizer, entropy = (x.contiguous() for x in (logits, target, normalizer, entropy))
     slopes = [None if slope is None else slope.float().contiguous() for slope in (of_chosen, of_entropy)]
     gradient = torch.empty_like(logits)
     loops(logits.dtype).statistics_gradient(
-        *places(logits, target, normalizer.contiguous(), entropy.contiguous(), *slopes, gradient), *logits.shape
+        *places(logits, target, normalizer, entropy, *slopes, gradient), *logits.shape
     )
     return gradient
