@@ -5,6 +5,7 @@
 
 #define VECTORS (WIDTH / LANES)
 #define AT_ONCE 1024 /* inputs of a panel in fp32, so that it fits into a cache of 256 KiB */
+#define FEW 16       /* panels, or groups of rows */
 #define KEYS 64      /* whose scores are held at a time */
 #define AHEAD 4096   /* numbers of a row's own keys, fetched while its prompt's are read */
 #define HEADS 4      /* that read the same keys at once */
@@ -157,17 +158,20 @@ void product(const Number *x, const Number *weights, const Number *bias, Number 
              int64_t rows, int64_t inputs, int64_t outputs) {
     const int64_t panels = rows ? (outputs + WIDTH - 1) / WIDTH : 0, blocks = (rows + PASS - 1) / PASS;
     const int64_t at_once = HALF ? inputs : AT_ONCE;
+    /* few panels are shared by the threads: then each takes some of the rows */
+    const int64_t groups = panels >= FEW || blocks < 2 ? 1 : blocks < FEW ? blocks : FEW;
 #pragma omp parallel
     {
         int64_t configured = 0;
 #pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t column = panel * WIDTH;
+        for (int64_t task = 0; task < panels * groups; task++) {
+            const int64_t panel = task / groups, column = panel * WIDTH;
+            const int64_t first = task % groups * blocks / groups, end = (task % groups + 1) * blocks / groups;
             for (int64_t from = 0; from < inputs; from += at_once) {
                 const int64_t count = inputs - from < at_once ? inputs - from : at_once;
                 const Number *begin = weights + (panel * inputs + from) * WIDTH;
                 const int64_t share = (int64_t)sizeof(Number) * WIDTH * count / blocks; /* bytes that a block fetches */
-                for (int64_t block = 0; block < blocks; block++) {
+                for (int64_t block = first; block < end; block++) {
                     const int64_t row = block * PASS, left = rows - row < PASS ? rows - row : PASS;
                     if (left != configured) configure(configured = left);
                     some_rows((Tile){
