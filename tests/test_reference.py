@@ -7,13 +7,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from test_decode_loops import needs_loops
 from test_engine import tiny_config
 from test_packing import CONFIGS, SHAPE, make_pair, make_row, moved
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from src.config import ConfigError
-from src.engine import Engine, build
-from src.engine.lighter import one_kernel_norm
+from src.engine import Engine, build, decode_loops
+from src.engine.lighter import loop_norm, one_kernel_norm
 from src.engine.models import decoder_layers
 from src.engine.plan import memory_plan
 from src.engine.reference import StreamedReference
@@ -142,6 +143,21 @@ def test_norms_of_one_kernel_are_those_of_policy_and_reference_alike(offload, mo
     assert norms and all(type(norm).forward is one_kernel_norm for norm in norms)
     scores = score(engine.model, make_row(dtype=torch.bfloat16), 1.0, engine.anchor)
     assert torch.equal(scores.anchor_logprobs, scores.logprobs)  # in bf16 the two norms differ
+
+
+@needs_loops
+@pytest.mark.parametrize("offload", ["true", "false"])
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_so_are_norms_in_loops_which_nothing_compiles(offload, compiled, monkeypatch):
+    monkeypatch.setattr(decode_loops, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(build, "check_compiler", lambda device: None)
+    monkeypatch.setattr(build, "compile_layers", lambda *model: None)
+    engine = Engine(tiny_config(f"training.reference_offload={offload}", f"model.compile={compiled}"))
+    engine.load_model()
+    norms = [module for module in engine.model.modules() if "Norm" in type(module).__name__]
+    assert norms and {type(norm).forward is loop_norm for norm in norms} == {compiled == "false"}
+    scores = score(engine.model, make_row(), 1.0, engine.anchor)
+    assert torch.equal(scores.anchor_logprobs, scores.logprobs)
 
 
 def test_it_is_refused_where_the_reference_is_no_model_of_its_own(monkeypatch):
