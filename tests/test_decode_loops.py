@@ -367,7 +367,9 @@ def test_without_a_compiler_torch_decodes(fault, monkeypatch, caplog, tmp_path):
     for one in cached:
         one.cache_clear()
     assert len(caplog.records) == (fault != "no compiler")
-    assert all(one.message.startswith("decoding without loops in C, which is slower: ") for one in caplog.records)
+    assert all(
+        one.message.startswith("decoding and training without loops in C, which is slower: ") for one in caplog.records
+    )
     assert ("it is out of order" in caplog.text) == (fault == "that fails")
 
 

@@ -1,4 +1,4 @@
-"""Loops of C for a decode step on a processor of x86 (decode_loops.c), where there is a C compiler.
+"""Loops of C on a processor of x86, where there is a C compiler, and the products of a decode step (decode_loops.c).
 
 In fp32 with AVX2 or AVX-512, in bf16 with AVX-512's instructions for it, by tiles (AMX) where there are. Products of
 few rows take less time than oneDNN's, which are torch's, and what lies between them is one call in place of many.
@@ -18,6 +18,7 @@ from src.engine.compiler import loops_of
 from src.engine.kernels import works
 
 LONGEST_HEAD = 256
+PARTS = 64  # of the rows, whose shares of the gradient of a norm's weight are added up afterwards
 WORTH_COMPILING = 2**19  # weights; a second of a compiler
 ARGUMENTS: dict[str, tuple] = {  # of functions that take no struct: places, then counts, then others
     "product": (4, 3),
@@ -54,8 +55,10 @@ def functions(dtype: torch.dtype, shape: Shape) -> ctypes.CDLL | None:
     """What is compiled of decode_loops.c for numbers of this type."""
     sizes = {"HALF": int(dtype != torch.float32), "LANES": shape.lanes, "WIDTH": shape.width, "ROWS": shape.rows}
     sizes["TILES"] = int(dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
-    flags = tuple(f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD}).items())
-    found = loops_of(Path(__file__).with_name("loops.c"), "decoding without loops in C", flags)
+    flags = tuple(
+        f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD, "PARTS": PARTS}).items()
+    )
+    found = loops_of(Path(__file__).with_name("loops.c"), "decoding and training without loops in C", flags)
     for name, (places, counts, *floats) in ARGUMENTS.items() if found else ():
         getattr(found, name).argtypes = [ctypes.c_void_p] * places + [ctypes.c_int64] * counts + floats
     return found

@@ -4,7 +4,6 @@
 #include "vectors.h"
 
 #define BLOCK (64 * LANES) /* of a row, added up by itself: beside a large number many small ones would vanish */
-#define PARTS 64 /* of the rows, whose shares of a weight's gradient are added up by whoever called */
 
 /* x * its scale, which is kept for the gradient, * weight */
 void norm(const Number *x, const Number *weight, Number *out, float *scales, int64_t rows, int64_t width, float epsilon) {
@@ -17,7 +16,7 @@ void norm(const Number *x, const Number *weight, Number *out, float *scales, int
     }
 }
 
-/* of_weight [PARTS, width] begins with zeros */
+/* of_weight [PARTS, width] begins with zeros; whoever called adds up the parts of the rows */
 void norm_gradient(const Number *x, const Number *weight, const float *scales, const Number *of_out, Number *of_x,
                    float *of_weight, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)

@@ -12,9 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.engine.cpu_layers import TurnArguments
-from src.engine.decode_loops import functions, loops, shape_for
+from src.engine.decode_loops import PARTS, functions, loops, shape_for
 
-PARTS = 64  # as in training_loops.c
 FEWEST = 2**18  # logits that are worth a compiler's second
 
 

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
-#include <string.h> /* HALF, TILES, LANES, WIDTH, ROWS and LONGEST_HEAD are given by decode_loops.py */
+#include <string.h> /* HALF, TILES, LANES, WIDTH, ROWS, LONGEST_HEAD and PARTS are given by decode_loops.py */
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
