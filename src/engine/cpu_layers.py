@@ -135,6 +135,14 @@ def attention_works(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> 
     return works("attention without loops in C", trial)
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [n, wide] each, whose rows may lie apart."""
+    product = gate.new_empty(gate.shape)
+    places = gate.data_ptr(), up.data_ptr(), product.data_ptr()
+    loops(gate.dtype).gated(*places, *gate.shape, gate.stride(0), up.stride(0))
+    return product
+
+
 class LoopOperations(Operations):
     """What a layer does beside its products, in a loop each; hidden states are added to in place."""
 
@@ -171,11 +179,6 @@ class LoopOperations(Operations):
     def feed_forward(self, hidden: Tensor, mlp: Any) -> Tensor:
         """[n, hidden] -> [n, hidden]."""
         gate, up = self.siblings(hidden, (mlp.gate_proj, mlp.up_proj))
-        n, width = gate.shape
-        if not is_whole(width, hidden.dtype):
+        if not is_whole(gate.shape[-1], hidden.dtype):
             return mlp.down_proj(mlp.act_fn(gate) * up)
-        product = gate.new_empty(n, width)
-        loops(hidden.dtype).gated(
-            gate.data_ptr(), up.data_ptr(), product.data_ptr(), n, width, gate.stride(0), up.stride(0)
-        )
-        return mlp.down_proj(product)
+        return mlp.down_proj(gated(gate, up))

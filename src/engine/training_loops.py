@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+import src.engine.cpu_layers as cpu_layers
 from src.engine.cpu_layers import TurnArguments
 from src.engine.decode_loops import PARTS, functions, loops, shape_for
 
@@ -61,10 +62,7 @@ class LoopNorm(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., wide] each."""
-    gate, up, wide = gate.contiguous(), up.contiguous(), gate.shape[-1]
-    product = torch.empty_like(gate)
-    loops(gate.dtype).gated(*places(gate, up, product), gate.numel() // wide, wide, wide, wide)
-    return product
+    return cpu_layers.gated(gate.flatten(0, -2).contiguous(), up.flatten(0, -2).contiguous()).view(gate.shape)
 
 
 class LoopGatedProduct(torch.autograd.Function):
