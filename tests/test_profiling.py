@@ -127,7 +127,7 @@ def test_an_update_is_two_flops_a_parameter_and_token_forward_and_four_backward(
     flops = measured(step, CPU, counting=True)[0].flops
     completion = row.predictor_index.numel()
     forward = 2 * linear_parameters(model) * row.input_ids.numel()
-    pairs = sum(tile.mask.numel() for tile in row.attention_plan.tiles)  # of queries and keys, padding included
+    pairs = sum(tile.mask.numel() for tile, _ in row.attention_plan.tiles)  # of queries and keys, padding included
     attention = SHAPE["num_hidden_layers"] * 2 * 2 * pairs * SHAPE["hidden_size"]
     head = 2 * completion * SHAPE["vocab_size"] * SHAPE["hidden_size"]
     assert flops["policy forward"] == flops["reference"] == forward + attention

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from src.config import LoraConfig
-from src.engine import lighter, statistics, training_loops
+from src.engine import decode_loops, lighter, statistics, training_loops
 from src.engine.decode_loops import shape_for
 from src.engine.lighter import lighten, loop_mlp, loop_norm
 from src.engine.scoring import score
@@ -298,8 +298,8 @@ def test_where_operations_are_looked_at_or_sizes_are_odd_torch_computes(monkeypa
         score(model, make_row(), 1.0)
     norm = LlamaRMSNorm(90)
     assert torch.equal(loop_norm(norm, numbers(3, 90)), norm(numbers(3, 90)))
-    assert training_loops.apply_to(numbers(3, 90), whole=False) and not training_loops.apply_to(numbers(3, 90))
-    assert not training_loops.apply_to(numbers(3, 96).double()) and not training_loops.apply_to(
+    assert decode_loops.apply_to(numbers(3, 90), whole=False) and not decode_loops.apply_to(numbers(3, 90))
+    assert not decode_loops.apply_to(numbers(3, 96).double()) and not decode_loops.apply_to(
         numbers(3, 96), numbers(3, 96).bfloat16()
     )
 

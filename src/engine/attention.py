@@ -4,6 +4,7 @@ It is registered with transformers, so every AutoModelForCausalLM calls it: no m
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+import src.engine.attention_loops as attention_loops
 import src.engine.cpu_attention as cpu_attention
 from src.config import ConfigError
 from src.engine.upload import upload
@@ -69,41 +71,51 @@ class PackedAttention:
             self.key_index, self.cumulative_queries, self.cumulative_keys = upload(whole, device)
             self.longest_query = int(lengths.max())
             return
-        # a head sees nothing before itself, prompts see it, completions a prompt too: a tile of each keeps a long
-        # prompt from padding short completions
-        self.tiles, order = [], []
+        self.segments, self.head, self.place = (starts, lengths, prefix_starts, prefix_lengths), head, (device, dtype)
+        self.groups = attention_loops.groups_of(*self.segments, head)
+
+    @cached_property
+    def tiles(self) -> list[tuple[Tile, np.ndarray]]:
+        """With the place in the row of each of their queries, -1 for padding.
+
+        A head sees nothing before itself, prompts see it, completions a prompt too: a tile of each keeps a long prompt
+        from padding short completions.
+        """
+        starts, lengths, prefix_starts, prefix_lengths = self.segments
+        device, dtype = self.place
+        tiles = []
         for first, with_prefix in ((True, False), (False, False), (False, True)):
-            chosen = np.flatnonzero(((starts < head) == first) & ((prefix_lengths > 0) == with_prefix))
+            chosen = np.flatnonzero(((starts < self.head) == first) & ((prefix_lengths > 0) == with_prefix))
             if len(chosen):
                 tile, rows = build_tile(
                     starts[chosen],
                     lengths[chosen],
                     prefix_starts[chosen],
                     prefix_lengths[chosen],
-                    0 if first else head,
+                    0 if first else self.head,
                 )
-                order.append(rows)
-                self.tiles.append(
-                    replace(
-                        tile,
-                        query_index=tile.query_index.to(device),
-                        key_index=tile.key_index.to(device),
-                        mask=tile.mask.to(device, dtype),
-                    )
-                )
-        rows = np.concatenate(order)  # [tile rows] place in the row of tokens, -1 for padding
+                there = {name: getattr(tile, name).to(device) for name in ("query_index", "key_index")}
+                tiles.append((replace(tile, **there, mask=tile.mask.to(device, dtype)), rows))
+        return tiles
+
+    @cached_property
+    def output_index(self) -> Tensor:
+        """[T] where each token's output lies among those of the tiles."""
+        rows = np.concatenate([rows for _, rows in self.tiles])  # [tile rows]
         real = np.flatnonzero(rows >= 0)
         output_index = np.empty(len(real), dtype=np.int64)
         output_index[rows[real]] = real
-        self.output_index = torch.from_numpy(output_index).to(device)  # [T]
+        return torch.from_numpy(output_index).to(self.place[0])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
         if self.use_varlen:
             return self.attend_varlen(query, key, value, scaling)[None]
+        if self.groups is not None and attention_loops.applies(query, key, value):
+            return attention_loops.LoopPackedAttention.apply(query, key, value, self.groups, scaling)[None]
         outputs = []
-        for tile in self.tiles:
+        for tile, _ in self.tiles:
             tiled_query, tiled_key, tiled_value = (
                 x.index_select(0, index).unflatten(0, (tile.segments, -1)).transpose(1, 2)
                 for x, index in ((query, tile.query_index), (key, tile.key_index), (value, tile.key_index))

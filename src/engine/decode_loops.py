@@ -97,6 +97,24 @@ def loops(dtype: torch.dtype) -> ctypes.CDLL:
     return found
 
 
+def apply_to(*tensors: Tensor, whole: bool = True) -> bool:
+    """Whether they can be compiled, are for these tensors (of `whole` vectors), and nobody looks at operations."""
+    first = tensors[0]
+    shape = shape_for(first.dtype) if first.device.type == "cpu" else None
+    return (
+        shape is not None
+        and all(type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype for x in tensors)  # not sharded
+        and not (whole and any(x.shape[-1] % shape.lanes for x in tensors))
+        and not is_in_torch_dispatch_mode()
+        and functions(first.dtype, shape) is not None
+    )
+
+
+def places(*tensors: Tensor | None) -> list[int | None]:
+    """Where they begin in memory."""
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
 def fits(weights: Tensor) -> bool:
     """Whether the loop of this processor multiplies with these weights [outputs, inputs]."""
     shape = shape_for(weights.dtype)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.engine.decode_loops import LONGEST_HEAD
+from src.engine.decode_loops import LONGEST_HEAD, apply_to
 from src.engine.decoding import cache_shape
 from src.engine.memory import out_of_memory
-from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn, apply_to, gated
+from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn, gated
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result, relative
 TURN = "apply_rotary_pos_emb"  # as all of transformers' models call it

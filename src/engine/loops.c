@@ -2,3 +2,4 @@
 #include "decode_loops.c"
 #include "layer_loops.c"
 #include "training_loops.c"
+#include "attention_loops.c"

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import src.engine.training_loops as training_loops
+from src.engine.decode_loops import apply_to
 from src.engine.kernels import works
-from src.engine.training_loops import FEWEST, apply_to
+from src.engine.training_loops import FEWEST
 
 logger = logging.getLogger("grpo")
 DIRECTIONS = ("reverse", "forward")  # of the KL: policy || anchor, anchor || policy

@@ -7,33 +7,14 @@ import ctypes
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import src.engine.cpu_layers as cpu_layers
 from src.engine.cpu_layers import TurnArguments
-from src.engine.decode_loops import PARTS, functions, loops, shape_for
+from src.engine.decode_loops import PARTS, loops, places
 
 FEWEST = 2**18  # logits that are worth a compiler's second
-
-
-def apply_to(*tensors: Tensor, whole: bool = True) -> bool:
-    """Whether they can be compiled, are for these tensors (of `whole` vectors), and nobody looks at operations."""
-    first = tensors[0]
-    shape = shape_for(first.dtype) if first.device.type == "cpu" else None
-    return (
-        shape is not None
-        and all(type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype for x in tensors)  # not sharded
-        and not (whole and any(x.shape[-1] % shape.lanes for x in tensors))
-        and not is_in_torch_dispatch_mode()
-        and functions(first.dtype, shape) is not None
-    )
-
-
-def places(*tensors: Tensor | None) -> list[int | None]:
-    """Where they begin in memory."""
-    return [None if x is None else x.data_ptr() for x in tensors]
 
 
 class LoopNorm(torch.autograd.Function):

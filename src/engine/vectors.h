@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h> /* HALF, TILES, LANES, WIDTH, ROWS, LONGEST_HEAD and PARTS are given by decode_loops.py */
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
