@@ -1,5 +1,6 @@
 """Fixtures that several test files share; and the tests on two cores, one thread each."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,46 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+WAYS = ["tiles", "dots", "wide", "wide with AVX2"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """How bf16 is multiplied: by tiles (AMX), by dot products, in fp32; where this processor can."""
+    import torch  # here and below, because the number of threads is read when it is imported
+
+    from src.engine import decode_loops, wide_products
+
+    wanted, has_tiles = request.param, torch.cpu._is_amx_tile_supported()
+    if wanted == "tiles" and not has_tiles:
+        pytest.skip("this processor has no tiles")
+    has_dots = torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if wanted == "dots" and not has_dots:
+        pytest.skip("this processor has no dot products of bf16")
+    if wanted != "tiles":
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    known = torch.cpu.get_capabilities() | {"cpu_name": "AMD" if wanted == "dots" else "Intel"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    if wanted == "wide with AVX2":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    cached = wide_products.faster_with, decode_loops.shape_of, decode_loops.functions, decode_loops.product_works
+    for one in cached:
+        one.cache_clear()
+    used = ctypes.c_int.in_dll(decode_loops.loops(torch.bfloat16), "has_tiles").value
+    assert used == (wanted == "tiles") and decode_loops.shape_for(torch.bfloat16).dots == (wanted in ("tiles", "dots"))
+    yield wanted
+    for one in cached:
+        one.cache_clear()
+
+
+@pytest.fixture(params=["as it is", "AVX2"])
+def capability(request, monkeypatch):
+    """The loops for vectors of this processor, and where it has longer ones, those for AVX2."""
+    import torch
+
+    if request.param == "AVX2":
+        if torch.backends.cpu.get_cpu_capability() == "AVX2":
+            pytest.skip("this processor has no other")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

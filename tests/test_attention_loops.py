@@ -1,18 +1,19 @@
 """Attention of a packed row in loops of C against a dense mask in float64, with its gradients, and where it is used."""
 
-import ctypes
 import logging
 
 import numpy as np
 import pytest
 import torch
-from test_decode_loops import in_each, needs_halves, needs_loops, numbers, tiles  # noqa: F401  tiles: a fixture
+from test_decode_loops import in_each, needs_halves, needs_loops, numbers
 from test_packing import make_pair, make_row, ragged_groups, with_head
 from torch.nn.functional import scaled_dot_product_attention
 
-from src.engine import attention_loops, decode_loops
+from src.engine import attention_loops
 from src.engine.attention_loops import LoopPackedAttention, groups_of
 from src.engine.scoring import score
+
+pytestmark = pytest.mark.usefixtures("capability")
 
 
 def segments_of(seed: int, head: int, longest: int) -> np.ndarray:
@@ -211,12 +212,10 @@ def test_where_they_are_not_used(calls, monkeypatch):
 
 
 @needs_halves
-@pytest.mark.usefixtures("tiles")
-def test_in_bf16_they_are_for_processors_without_tiles(monkeypatch):
+def test_in_bf16_they_are_for_processors_without_tiles(way, monkeypatch):
     monkeypatch.setattr(attention_loops, "FEWEST", 0)
     x = numbers(40, 2, 32, dtype=torch.bfloat16)
-    has_tiles = ctypes.c_int.in_dll(decode_loops.loops(torch.bfloat16), "has_tiles").value
-    assert attention_loops.applies(x, x, x) == (not has_tiles)
+    assert attention_loops.applies(x, x, x) == (way != "tiles")
 
 
 @needs_loops

@@ -8,8 +8,8 @@ from test_packing import make_pair
 from test_sampler import sample, tokens_of
 from torch.nn.functional import scaled_dot_product_attention
 
-from src.config import Config, LoraConfig, ModelConfig
-from src.engine import build, cpu_attention, cpu_weights
+from src.config import LoraConfig
+from src.engine import cpu_attention, cpu_weights
 from src.engine.cpu_weights import gathered, in_order_of_the_processor
 from src.engine.packing import pack
 from src.engine.scoring import score
@@ -173,20 +173,7 @@ def test_an_adapters_base_layers_are_reordered_one_by_one(dtype):
     assert len(tokens_of(sample(model, 2))) == 12
 
 
-def test_a_processor_without_bf16_arithmetic_samples_all_the_same_and_a_line_says_what_is_faster(
-    bf16_model, caplog, monkeypatch
-):
-    config = Config(ModelConfig(device="cpu", dtype="bfloat16"))
-    monkeypatch.setattr(build, "X86", True)
-    for supported in (True, False):
-        monkeypatch.setattr(build, "has_products", lambda supported=supported: supported)
-        caplog.clear()
-        build.check_machine(config, for_training=True)
-        assert ("set model.dtype: float32" in caplog.text) is not supported
-    with patch.object(cpu_weights, "has_products", lambda *_: False):
-        assert not cpu_weights.applies(bf16_model, 1e12)
-        check_mismatch(bf16_model, 1.0)
-    config.model.dtype = "float32"
-    caplog.clear()
-    build.check_machine(config, for_training=True)
-    assert not caplog.text
+def test_a_processor_without_bf16_arithmetic_samples_all_the_same(bf16_model, monkeypatch):
+    monkeypatch.setattr(cpu_weights, "has_products", lambda *_: False)
+    assert not cpu_weights.applies(bf16_model, 1e12)
+    check_mismatch(bf16_model, 1.0)

@@ -18,6 +18,7 @@ from src.engine.lighter import lighten, loop_mlp, loop_norm
 from src.engine.scoring import score
 from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn
 
+pytestmark = pytest.mark.usefixtures("capability")
 WIDTH = 96  # whole vectors of any processor
 
 
@@ -306,6 +307,7 @@ def test_where_operations_are_looked_at_or_sizes_are_odd_torch_computes(monkeypa
 
 @needs_loops
 def test_statistics_are_in_loops_where_there_are_many_logits_and_no_kl(monkeypatch):
+    assert statistics.loops_agree(torch.float32)  # its trial calls too
     calls, plain = [], training_loops.statistics
     monkeypatch.setattr(training_loops, "statistics", lambda *a: (calls.append(len(a[0])), plain(*a))[1])
     model = make_pair("llama")[0]

@@ -119,6 +119,7 @@ def applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def agrees(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> bool:
     """Whether LoopPackedAttention gives what torch gives in fp32, and its gradients; tells when not."""
 
+    @torch.inference_mode(False)
     def trial() -> None:
         draw, length = torch.Generator().manual_seed(0), 90
         shapes = [(length, count, dim) for count in (heads, kv_heads, kv_heads, heads)]

@@ -5,10 +5,9 @@ import logging
 import torch
 
 import src.engine.decode_loops as decode_loops
+import src.engine.wide_products as wide_products
 from src.config import Config, ConfigError, TrainingConfig
 from src.engine.attention import check_attention
-from src.engine.compiler import X86
-from src.engine.cpu_weights import has_products
 from src.engine.distributed import from_main, world
 from src.engine.lighter import lighten
 from src.engine.models import check_compiler, compile_layers, load_model, resolve_device, resolve_model_path
@@ -53,10 +52,15 @@ def check_machine(config: Config, for_training: bool) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches its kernels on the current one
     check_reference_offload(config)
-    if device.type == "cpu" and config.model.dtype == "bfloat16" and X86 and not has_products():
+    if (
+        device.type == "cpu"
+        and config.model.dtype == "bfloat16"
+        and config.model.compile
+        and wide_products.are_faster()
+    ):
         logger.warning(
-            f"{config.source}: torch has no fast bf16 products on this processor, and with them takes several times as "
-            f"long as with fp32; set model.dtype: float32"
+            f"{config.source}: with model.compile bf16 is multiplied in bf16, which takes 2 to 8 times as long on this "
+            f"processor as fp32; set model.dtype: float32, or model.compile: false"
         )
     if config.model.compile and for_training:
         check_compiler(device)
@@ -70,8 +74,10 @@ def load_for(device: torch.device, config: Config, place: torch.device):
     if device.type in LIGHT_ON:
         lighten(model)
         put_side_by_side(model)
-    elif not config.model.compile and decode_loops.applies(model):
-        lighten(model, in_loops=True)
+    elif not config.model.compile:
+        wide_products.widen(model)
+        if decode_loops.applies(model):
+            lighten(model, in_loops=True)
     return model
 
 

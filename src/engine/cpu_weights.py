@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import src.engine.decode_loops as decode_loops
 from src.engine.compiler import X86
 from src.engine.models import Float32Head
+from src.engine.wide_products import LINEAR, WideProduct
 
 SMALLEST = {
     torch.bfloat16: 0,
@@ -28,6 +29,8 @@ def multiplied(weights: Tensor, bias: Tensor | None, rows: int, in_loops: bool) 
     if in_loops and decode_loops.fits(weights):
         panels, outputs = decode_loops.side_by_side(weights), len(weights)
         return lambda x: decode_loops.product(x, panels, bias, outputs)
+    if not has_products(weights.dtype):
+        return lambda x: WideProduct.apply(x, weights, bias)
     linear, reordered = (
         torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.mkldnn._reorder_linear_weight(weights, rows),
@@ -76,10 +79,10 @@ def gathered(model) -> list[list[nn.Linear]]:
         for names in SIBLINGS:
             layers: list = [getattr(module, name, None) for name in names]
             alike = {(type(layer), getattr(layer, "bias", None) is None) for layer in layers}
-            if alike in ({(nn.Linear, True)}, {(nn.Linear, False)}):
+            if len(alike) == 1 and alike <= {(kind, bare) for kind in LINEAR for bare in (True, False)}:
                 groups.append(layers)
                 seen.update(layers)
-    single = (module for module in model.modules() if type(module) in (nn.Linear, Float32Head))
+    single = (module for module in model.modules() if type(module) in (*LINEAR, Float32Head))
     return groups + [[module] for module in single if module not in seen]
 
 

@@ -16,8 +16,16 @@
    pass it, some at a time, their sums in registers; meanwhile the next panel is fetched from memory.
    ------------------------------------------------------------------------------------------------------------------ */
 
+#define WIDENS (HALF && !TILES && !DOTS) /* bf16 is multiplied in fp32 */
+#if WIDENS
+typedef float Input;
+#else
+typedef Number Input;
+#endif
+
 typedef struct {
-    const Number *x, *panel, *bias;
+    const Input *x;
+    const Number *panel, *bias;
     Number *out;
     int64_t row, inputs, outputs, columns; /* elements of a row of x, inputs at once, outputs, and those of this panel */
     int64_t stride;                        /* bytes of the next panel to fetch beside an input, in bf16 beside two */
@@ -103,7 +111,7 @@ const int has_tiles = 0;
 static void configure(int rows) {}
 static void release(void) {}
 
-#if HALF
+#if DOTS
 INLINE void tile(const Tile t, const int rows, const int goes_on) {
     Vector sums[ROWS][VECTORS] = {0};
     for (int64_t k = 0; k < t.inputs; k += 2) {
@@ -115,6 +123,23 @@ INLINE void tile(const Tile t, const int rows, const int goes_on) {
             memcpy(&pair, t.x + r * t.row + k, 4);
             const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
             for (int v = 0; v < VECTORS; v++) sums[r][v] = (Vector)_mm512_dpbf16_ps((__m512)sums[r][v], x, weights[v]);
+        }
+    }
+    finish(&t, rows, (const float *)sums);
+}
+#elif HALF
+INLINE void tile(const Tile t, const int rows, const int goes_on) {
+    Vector sums[ROWS][VECTORS] = {0};
+    for (int64_t k = 0; k < t.inputs; k += 2) {
+        __builtin_prefetch(t.next + k / 2 * t.stride, 0, 2);
+        for (int odd = 0; odd < 2; odd++) {
+            Vector weights[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                const Integers pairs = (Integers)load((const float *)(t.panel + k * WIDTH) + v * LANES);
+                weights[v] = held((Vector)(odd ? pairs & ~0xffff : pairs << 16));
+            }
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[v] * t.x[r * t.row + k + odd];
         }
     }
     finish(&t, rows, (const float *)sums);
@@ -154,8 +179,10 @@ static void some_rows(Tile t, int rows, const int goes_on) {
 }
 #endif
 
-void product(const Number *x, const Number *weights, const Number *bias, Number *out,
-             int64_t rows, int64_t inputs, int64_t outputs) {
+/* 0, or 1 where there was no memory */
+int product(const Number *x, const Number *weights, const Number *bias, Number *out,
+            int64_t rows, int64_t inputs, int64_t outputs) {
+    int failed = 0;
     const int64_t panels = rows ? (outputs + WIDTH - 1) / WIDTH : 0, blocks = (rows + PASS - 1) / PASS;
     const int64_t at_once = HALF ? inputs : AT_ONCE;
     /* few panels are shared by the threads: then each takes some of the rows */
@@ -163,8 +190,19 @@ void product(const Number *x, const Number *weights, const Number *bias, Number 
 #pragma omp parallel
     {
         int64_t configured = 0;
+#if WIDENS /* each thread for itself, in a fiftieth of the time of its product */
+        float *rows_of_x = malloc(4 * rows * inputs + 1);
+        if (!rows_of_x) failed = 1;
+        for (int64_t i = 0; rows_of_x && i < rows * inputs; i++) {
+            const uint32_t bits = (uint32_t)x[i] << 16;
+            memcpy(rows_of_x + i, &bits, 4);
+        }
+#else
+        const Number *rows_of_x = x;
+#endif
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < panels * groups; task++) {
+            if (!rows_of_x) continue;
             const int64_t panel = task / groups, column = panel * WIDTH;
             const int64_t first = task % groups * blocks / groups, end = (task % groups + 1) * blocks / groups;
             for (int64_t from = 0; from < inputs; from += at_once) {
@@ -175,7 +213,7 @@ void product(const Number *x, const Number *weights, const Number *bias, Number 
                     const int64_t row = block * PASS, left = rows - row < PASS ? rows - row : PASS;
                     if (left != configured) configure(configured = left);
                     some_rows((Tile){
-                        .x = x + row * inputs + from, .panel = begin, .bias = bias ? bias + column : bias,
+                        .x = rows_of_x + row * inputs + from, .panel = begin, .bias = bias ? bias + column : bias,
                         .out = out + row * outputs + column, .row = inputs, .inputs = count, .outputs = outputs,
                         .columns = outputs - column < WIDTH ? outputs - column : WIDTH,
                         .stride = share * (HALF ? 2 : 1) / count,
@@ -185,7 +223,11 @@ void product(const Number *x, const Number *weights, const Number *bias, Number 
             }
         }
         release();
+#if WIDENS
+        free(rows_of_x);
+#endif
     }
+    return failed;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

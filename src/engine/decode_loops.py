@@ -1,7 +1,7 @@
 """Loops of C on a processor of x86, where there is a C compiler, and the products of a decode step (decode_loops.c).
 
-In fp32 with AVX2 or AVX-512, in bf16 with AVX-512's instructions for it, by tiles (AMX) where there are. Products of
-few rows take less time than oneDNN's, which are torch's, and what lies between them is one call in place of many.
+With AVX2 or AVX-512, in fp32 and bf16; that by tiles (AMX) or dot products, where they are faster. Products of few rows
+take less time than oneDNN's, which are torch's, and what lies between them is one call in place of many.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+import src.engine.wide_products as wide_products
 from src.engine.compiler import loops_of
 from src.engine.kernels import works
 
@@ -33,28 +34,40 @@ ARGUMENTS: dict[str, tuple] = {  # of functions that take no struct: places, the
 
 
 class Shape(NamedTuple):
-    """Numbers of a vector; outputs and rows whose sums fill its registers; what inputs are to be a multiple of."""
+    """Numbers of a vector; outputs and rows whose sums fill its registers; what inputs are to be a multiple of.
+
+    `dots`: numbers in bf16 are multiplied in bf16, else in fp32.
+    """
 
     lanes: int
     width: int
     rows: int
     inputs: int = 1
+    dots: bool = False
 
 
 def shape_for(dtype: torch.dtype) -> Shape | None:
     """That of this processor's vectors; None where the loops are not for it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if dtype == torch.float32:
-        return {"AVX2": Shape(8, 24, 4), "AVX512": Shape(16, 48, 8)}.get(capability)
-    has_halves = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    return Shape(16, 32, 8, 32) if dtype == torch.bfloat16 and has_halves else None
+    return shape_of(dtype, torch.backends.cpu.get_cpu_capability())
+
+
+@cache
+def shape_of(dtype: torch.dtype, capability: str) -> Shape | None:
+    """The same of a processor that can so much; called before each loop."""
+    shape = {"AVX2": Shape(8, 24, 4), "AVX512": Shape(16, 48, 8)}.get(capability)
+    if dtype == torch.float32 or shape is None:
+        return shape
+    if dtype != torch.bfloat16:
+        return None
+    return shape._replace(inputs=2) if wide_products.are_faster() else Shape(16, 32, 8, 32, dots=True)
 
 
 @cache
 def functions(dtype: torch.dtype, shape: Shape) -> ctypes.CDLL | None:
     """What is compiled of decode_loops.c for numbers of this type."""
     sizes = {"HALF": int(dtype != torch.float32), "LANES": shape.lanes, "WIDTH": shape.width, "ROWS": shape.rows}
-    sizes["TILES"] = int(dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+    sizes["TILES"] = int(shape.dots and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+    sizes["DOTS"] = int(shape.dots)
     flags = tuple(
         f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD, "PARTS": PARTS}).items()
     )
@@ -140,5 +153,7 @@ def product(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Te
     x, inputs = x.contiguous(), x.shape[-1]
     result = x.new_empty(*x.shape[:-1], outputs)
     rows, of_bias = x.numel() // inputs, None if bias is None else bias.data_ptr()
-    loops(x.dtype).product(x.data_ptr(), weights.data_ptr(), of_bias, result.data_ptr(), rows, inputs, outputs)
+    places = x.data_ptr(), weights.data_ptr(), of_bias, result.data_ptr()
+    if loops(x.dtype).product(*places, rows, inputs, outputs):
+        raise MemoryError("a product in loops of C found no memory; lower training.inference_batch_size")
     return result

@@ -16,6 +16,7 @@ from src.engine.decode_loops import LONGEST_HEAD, apply_to
 from src.engine.decoding import cache_shape
 from src.engine.memory import out_of_memory
 from src.engine.training_loops import LoopGatedProduct, LoopNorm, LoopTurn, gated
+from src.engine.wide_products import LINEAR
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result, relative
 TURN = "apply_rotary_pos_emb"  # as all of transformers' models call it
@@ -68,7 +69,7 @@ def loop_norm(norm: Any, hidden: Tensor) -> Tensor:
 def loop_mlp(mlp: Any, hidden: Tensor) -> Tensor:
     """The forward pass of a gated MLP with a loop of C."""
     down = mlp.down_proj
-    if type(down) is not nn.Linear or not apply_to(hidden, down.weight):
+    if type(down) not in LINEAR or not apply_to(hidden, down.weight):
         return getattr(mlp, "plain", mlp)(hidden)
     gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
     if not torch.is_grad_enabled():  # perhaps in a rollout, which multiplies in its own way
@@ -156,7 +157,13 @@ def lighter_forward(part: Any, dtype: torch.dtype, in_loops: bool) -> Any:
     down, weight, forward = getattr(part, "down_proj", None), getattr(part, "weight", None), type(part).forward
     if hasattr(part, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dtype == dtype:
         return for_norm if gives_the_same(part, for_norm, len(weight), weight) else None
-    if type(down) is nn.Linear and down.bias is None and hasattr(part, "gate_proj") and hasattr(part, "up_proj"):
+    if (
+        isinstance(down, nn.Linear)
+        and type(down) in LINEAR
+        and down.bias is None
+        and hasattr(part, "gate_proj")
+        and hasattr(part, "up_proj")
+    ):
         return for_mlp if gives_the_same(part, gated_mlp, part.gate_proj.in_features, down.weight) else None
     if in_loops and TURN in getattr(forward, "__globals__", ()) and TURN in forward.__code__.co_names:
         return with_loop_turn(forward) if turns_the_same(forward.__globals__[TURN], part.head_dim, dtype) else None

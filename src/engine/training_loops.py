@@ -6,13 +6,13 @@ torch computes each by five to ten operations, which go over memory one after th
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import src.engine.cpu_layers as cpu_layers
 from src.engine.cpu_layers import TurnArguments
 from src.engine.decode_loops import PARTS, loops, places
+from src.engine.wide_products import times
 
 FEWEST = 2**18  # logits that are worth a compiler's second
 
@@ -54,17 +54,17 @@ class LoopGatedProduct(torch.autograd.Function):
         """gate and up [..., wide], weight [hidden, wide] -> [..., hidden]."""
         gate, up = gate.contiguous(), up.contiguous()
         context.save_for_backward(gate, up, weight)
-        return F.linear(gated(gate, up), weight)
+        return times(gated(gate, up), weight.t())
 
     @staticmethod
     @once_differentiable
     def backward(context, slope: Tensor):
         gate, up, weight = context.saved_tensors
-        of_product, of_weight = (slope @ weight).contiguous(), None
+        of_product, of_weight = times(slope, weight).contiguous(), None
         of_gate, of_up, product = (torch.empty_like(gate) for _ in range(3))
         loops(gate.dtype).gated_gradient(*places(gate, up, of_product, of_gate, of_up, product), gate.numel())
         if context.needs_input_grad[2]:
-            of_weight = slope.flatten(0, -2).t() @ product.flatten(0, -2)  # [hidden, wide]
+            of_weight = times(slope.flatten(0, -2).t(), product.flatten(0, -2))  # [hidden, wide]
         return of_gate, of_up, of_weight
 
 

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h> /* HALF, TILES, LANES, WIDTH, ROWS, LONGEST_HEAD and PARTS are given by decode_loops.py */
+#include <string.h> /* HALF, TILES, DOTS, LANES, WIDTH, ROWS, LONGEST_HEAD and PARTS are given by decode_loops.py */
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -15,15 +15,31 @@ INLINE void store(float *place, Vector v) { memcpy(place, &v, sizeof v); }
 
 #if HALF
 typedef uint16_t Number; /* the upper half of a float */
-INLINE Vector read(const Number *place) {
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)place)), 16);
+
+INLINE Integers nearest(Vector v) { /* the upper halves as numbers; ties to even, NaN stays */
+    const Integers bits = (Integers)v, is_number = v == v;
+    const Integers up = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff, nan = ((bits >> 16) & 0xffff) | 0x40;
+    return (up & is_number) | (nan & ~is_number);
 }
-INLINE void write(Number *place, Vector v) {
-    _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#if LANES == 16
+typedef __m256i Halves;
+INLINE Vector widened(Halves h) { return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
+#ifdef __AVX512BF16__
+INLINE Halves narrowed(Vector v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
+#else
+INLINE Halves narrowed(Vector v) { return _mm512_cvtepi32_epi16((__m512i)nearest(v)); }
+#endif
+#else
+typedef __m128i Halves;
+INLINE Vector widened(Halves h) { return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16); }
+INLINE Halves narrowed(Vector v) {
+    const __m256i words = (__m256i)nearest(v);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
-INLINE Vector rounded(Vector v) {
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
-}
+#endif
+INLINE Vector read(const Number *place) { Halves h; memcpy(&h, place, sizeof h); return widened(h); }
+INLINE void write(Number *place, Vector v) { const Halves h = narrowed(v); memcpy(place, &h, sizeof h); }
+INLINE Vector rounded(Vector v) { return widened(narrowed(v)); }
 #else
 typedef float Number;
 #define read load
