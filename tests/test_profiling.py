@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_sampler import make_prompts, sample
 from src import commands
 from src.commands import run_profile
 from src.config import ConfigError
-from src.engine import MemoryEfficientAdamW, optim, optim_loop, profiling, scoring
+from src.engine import MemoryEfficientAdamW, optim, optim_loop, profiling, scoring, wide_products
 from src.engine.profiling import Profile, measured, phase, table, three_digits
 from src.engine.scoring import score
 from src.prepare import prepare
@@ -251,6 +252,17 @@ def test_the_table_is_arithmetic():
     assert rows["other"] == ["6.5000", "81.2%", "46", "-", "0.0", "0.923", "2.3"]
     assert rows["step"] == ["8.0000", "100.0%", "38", "0.375", "9.4", "1.25", "3.1"]
     assert [three_digits(x) for x in (0, 0.01234, 1.234, 43.21, 4321.4)] == ["-", "0.0123", "1.23", "43.2", "4,321"]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_ceiling_is_that_of_products_as_they_are_computed(wide, monkeypatch):
+    monkeypatch.setattr(wide_products, "are_faster", lambda: wide)
+    made, plain = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (made.append(a[0].dtype), plain(*a, **k))[1])
+    limits = profiling.ceilings(CPU, torch.bfloat16)
+    assert set(made) == {torch.float32 if wide else torch.bfloat16} and all(limit > 0 for limit in limits)
+    model = SimpleNamespace(device=CPU, dtype=torch.bfloat16)
+    assert (" in a float32 product" in profiling.caption(model, 1, limits)) == wide
 
 
 def test_several_processes_are_refused(monkeypatch):

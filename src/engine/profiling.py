@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from src.engine.memory import peak_memory
+from src.engine.wide_products import multiplied_in
 
 PHASES = ("prefill", "decode", "head and sampling", "reward", "packing", "reference", "policy forward", "head", "loss",
           "backward", "optimizer", "other")  # fmt: skip
@@ -190,7 +191,7 @@ def best_seconds(work: Callable[[], Any], device: torch.device) -> float:
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s of a large square product, and bytes/s, read and written, of a large copy."""
     side = SIDE[device.type]
-    matrix = torch.randn(side, side, device=device, dtype=dtype)  # [side, side]
+    matrix = torch.randn(side, side, device=device, dtype=multiplied_in(device, dtype))  # [side, side]
     product = torch.empty_like(matrix)
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -226,7 +227,7 @@ def table(counted: Profile, timed: Sequence[Profile], tokens: float, limits: tup
 
 def caption(model, tokens: float, limits: tuple[float, float]) -> str:
     """What the numbers of the table are."""
-    device, dtype = model.device, str(model.dtype).removeprefix("torch.")
+    device, dtype = model.device, str(multiplied_in(model.device, model.dtype)).removeprefix("torch.")
     lines = [
         f"mean of {TIMED_STEPS} steps of {tokens:,.0f} completion tokens; tokens/s are these over a phase's seconds",
         f"100% here: {three_digits(limits[0] / 1e12)} TFLOP/s in a {dtype} product of {SIDE[device.type]:,} x "

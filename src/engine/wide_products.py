@@ -30,11 +30,16 @@ def faster_with(capability: str) -> bool:
     return not has_dots or "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
+def multiplied_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In what a product of such numbers is computed."""
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 and are_faster() else dtype
+
+
 def times(left: Tensor, right: Tensor) -> Tensor:
     """left [..., rows, inner] @ right [..., inner, columns], in fp32 where that is faster."""
-    if left.dtype != torch.bfloat16 or left.device.type != "cpu" or not are_faster():
+    if multiplied_in(left.device, left.dtype) == left.dtype:
         return left @ right
-    return (left.float() @ right.float()).bfloat16()
+    return (left.float() @ right.float()).to(left.dtype)
 
 
 def parts(rows: int, width: int) -> list[slice]:
@@ -92,6 +97,9 @@ LINEAR = (nn.Linear, WideLinear)  # the classes of linear layers that are no ada
 
 def widen(model) -> None:
     """Linear layers in bf16 multiply in fp32 from now on, where that is faster."""
-    for module in model.modules() if are_faster() else ():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+    for module in model.modules():
+        if (
+            type(module) is nn.Linear
+            and multiplied_in(module.weight.device, module.weight.dtype) != module.weight.dtype
+        ):
             module.__class__ = WideLinear
