@@ -15,6 +15,7 @@ from src.engine import build, cpu_attention, cpu_weights, decode_loops, wide_pro
 from src.engine.lighter import lighten
 from src.engine.models import Float32Head, widen_head
 from src.engine.packing import pack
+from src.engine.profiling import measured
 from src.engine.scoring import score
 from src.engine.wide_products import WideLinear, WideProduct, widen
 
@@ -183,3 +184,9 @@ def test_tiles_of_attention_multiply_so_too(wide, monkeypatch):
     ]
     for ours, theirs in zip(*outcomes, strict=True):
         assert float((ours.double() - theirs).detach().norm()) < 0.01 * float(theirs.detach().norm()) + 1e-6
+
+
+def test_its_products_are_counted_by_a_profile():
+    x, weight = (numbers(*shape, dtype=HALF).requires_grad_() for shape in ((4, 8), (16, 8)))
+    counted = measured(lambda: WideProduct.apply(x, weight, None).sum().backward() or 1, torch.device("cpu"), True)[0]
+    assert sum(counted.flops.values()) == 3 * 2 * 4 * 8 * 16
