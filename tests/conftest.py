@@ -97,26 +97,28 @@ def way(request, monkeypatch):
 
     from src.engine import decode_loops, wide_products
 
-    wanted, has_tiles = request.param, torch.cpu._is_amx_tile_supported()
+    wanted, has_tiles = request.param, wide_products.has_tiles()
     if wanted == "tiles" and not has_tiles:
         pytest.skip("this processor has no tiles")
     has_dots = torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     if wanted == "dots" and not has_dots:
         pytest.skip("this processor has no dot products of bf16")
-    if wanted != "tiles":
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(wide_products, "has_tiles", lambda: wanted == "tiles")
     known = torch.cpu.get_capabilities() | {"cpu_name": "AMD" if wanted == "dots" else "Intel"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     if wanted == "wide with AVX2":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    cached = wide_products.faster_with, decode_loops.shape_of, decode_loops.functions, decode_loops.product_works
+    cached = wide_products.faster_with, decode_loops.functions, decode_loops.product_works
     for one in cached:
         one.cache_clear()
-    used = ctypes.c_int.in_dll(decode_loops.loops(torch.bfloat16), "has_tiles").value
-    assert used == (wanted == "tiles") and decode_loops.shape_for(torch.bfloat16).dots == (wanted in ("tiles", "dots"))
-    yield wanted
-    for one in cached:
-        one.cache_clear()
+    try:
+        used = ctypes.c_int.in_dll(decode_loops.loops(torch.bfloat16), "has_tiles").value
+        assert used == (wanted == "tiles")
+        assert decode_loops.shape_for(torch.bfloat16).dots == (wanted in ("tiles", "dots"))
+        yield wanted
+    finally:
+        for one in cached:
+            one.cache_clear()
 
 
 @pytest.fixture(params=["as it is", "AVX2"])
@@ -125,6 +127,6 @@ def capability(request, monkeypatch):
     import torch
 
     if request.param == "AVX2":
-        if torch.backends.cpu.get_cpu_capability() == "AVX2":
-            pytest.skip("this processor has no other")
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("this processor has no longer ones")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from src.engine import attention_loops
 from src.engine.attention_loops import LoopPackedAttention, groups_of
+from src.engine.decode_loops import shape_for
 from src.engine.scoring import score
 
 pytestmark = pytest.mark.usefixtures("capability")
@@ -136,16 +137,12 @@ def test_what_is_not_finite_stays_in_its_group(dtype):
     assert gradients[1][20:28].isnan().any()
 
 
-def test_groups_of_what_is_no_prompt_with_its_completions():
-    segments = np.array([(0, 5, 0, 0), (5, 9, 0, 5), (14, 5, 14, 0), (19, 9, 14, 5)])
-    found = groups_of(*segments.T, 0)
-    assert found.first_segments.tolist() == [0, 2, 4] and found.longest == 14 and found.first == 0
-    assert groups_of(*segments.T, 5).longest == 19
-    for place, column, value in ((3, 2, 0), (3, 3, 4), (1, 3, 14), (0, 3, 1)):  # another's prompt, a part, more, none
-        other = segments.copy()
-        other[place, column] = value
-        assert groups_of(*other.T, 0) is None
-    assert groups_of(*segments.T, 4) is None  # a head that is no segment
+def test_groups_share_keys_and_are_few_segments_of_one_prompt_after_another():
+    prompts = [(0, 6, 0, 0), (6, 5, 6, 0), *((11 + 2 * i, 2, 6, 5) for i in range(9)), (29, 3, 29, 0), (32, 2, 29, 3)]
+    found = groups_of(*np.array(prompts).T, 6)
+    assert found.first_segments.tolist() == [0, 1, 2, 6, 10, 11, 12, 13]
+    assert found.prompts.tolist()[2:] == [6, 6, 6, 29, 29] and found.prompt_lengths.tolist() == [0, 0, 5, 5, 5, 0, 3]
+    assert (found.first, found.most, found.longest) == (6, 11, 13)
 
 
 @pytest.fixture
@@ -164,7 +161,7 @@ def test_an_update_of_a_model_is_the_same_with_them(head, calls, monkeypatch):
     row = make_row(with_head(ragged_groups(), head) if head else ragged_groups())
     for fewest in (0, 10**12):
         monkeypatch.setattr(attention_loops, "FEWEST", fewest)
-        attention_loops.agrees(4, 2, 16, torch.float32)  # its trial calls too
+        attention_loops.agrees(4, 2, 16, torch.float32, shape_for(torch.float32))  # its trial calls too
         calls.clear()
         scores = score(model, row, 1.0)
         outcomes.append([scores.logprobs, *torch.autograd.grad(scores.logprobs.sum(), list(model.parameters()))])
@@ -222,5 +219,5 @@ def test_in_bf16_they_are_for_processors_without_tiles(way, monkeypatch):
 def test_memory_that_is_not_there_is_an_error_in_words(monkeypatch):
     x = numbers(40, 2, 32)
     groups = groups_of(*np.array([[0], [40], [0], [0]]), 0)
-    with pytest.raises(MemoryError, match=r"lower training\.max_tokens_per_microbatch"):
+    with pytest.raises(MemoryError, match="lower the tokens of a pass"):
         LoopPackedAttention.apply(x, x, x, groups._replace(longest=2**45), 0.2)

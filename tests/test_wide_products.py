@@ -11,7 +11,7 @@ from test_sampler import sample
 from torch import nn
 
 from src.config import Config, LoraConfig, ModelConfig
-from src.engine import build, cpu_attention, cpu_weights, decode_loops, wide_products
+from src.engine import build, cpu_weights, decode_loops, wide_products
 from src.engine.lighter import lighten
 from src.engine.models import Float32Head, widen_head
 from src.engine.packing import pack
@@ -52,6 +52,9 @@ def test_a_layer_and_its_gradients_are_those_of_float64_rounded_once(shape, larg
         torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-4)
     frozen = WideProduct.apply(x, weight.detach(), None if bias is None else bias.detach())
     assert torch.equal(torch.autograd.grad(frozen, x, slope)[0], outcomes[1])
+    fixed = WideProduct.apply(x.detach(), weight, bias)
+    assert torch.equal(torch.autograd.grad(fixed, weight, slope)[0], outcomes[2])
+    assert WideProduct.apply(x.detach()[None][:0], weight, bias).shape == (0, *shape[:-1], 11)
 
 
 @pytest.mark.usefixtures("faster")
@@ -84,18 +87,16 @@ def test_a_layer_becomes_one_by_its_class_alone():
 def test_which_processors_multiply_so(x86, capability, tiles, dots, name, wide, monkeypatch):
     monkeypatch.setattr(wide_products, "X86", x86)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dots)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
-    for cached in (wide_products.faster_with, decode_loops.shape_of):
-        cached.cache_clear()
+    monkeypatch.setattr(wide_products, "has_tiles", lambda: tiles)
+    wide_products.faster_with.cache_clear()
     shape = decode_loops.shape_for(HALF)
     assert wide_products.are_faster() == wide and (shape is None or shape.dots != wide)
     layer = nn.Linear(8, 8).to(HALF)
     widen(layer)
+    wide_products.faster_with.cache_clear()
     assert (type(layer) is WideLinear) == wide
-    for cached in (wide_products.faster_with, decode_loops.shape_of):
-        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("faster")
@@ -168,22 +169,6 @@ def test_a_line_says_what_is_faster_where_a_model_is_compiled(compiled, faster, 
     caplog.clear()
     build.check_machine(config, for_training=False)
     assert not caplog.text
-
-
-@pytest.mark.parametrize("wide", [True, False])
-def test_tiles_of_attention_multiply_so_too(wide, monkeypatch):
-    monkeypatch.setattr(wide_products, "are_faster", lambda: wide)
-    query, key, value = (numbers(2, 2, 9, 16, dtype=HALF, draw=draw).requires_grad_() for draw in range(3))
-    mask = torch.zeros(2, 1, 9, 9).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
-    found = cpu_attention.attend(query, key, value, mask, 0.25)
-    exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
-    expected = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.25)
-    outcomes = [
-        [out, *torch.autograd.grad(out.sum(), given)]
-        for out, given in ((found, (query, key, value)), (expected, exact))
-    ]
-    for ours, theirs in zip(*outcomes, strict=True):
-        assert float((ours.double() - theirs).detach().norm()) < 0.01 * float(theirs.detach().norm()) + 1e-6
 
 
 def test_its_products_are_counted_by_a_profile():

@@ -112,7 +112,7 @@ class PackedAttention:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
         if self.use_varlen:
             return self.attend_varlen(query, key, value, scaling)[None]
-        if self.groups is not None and attention_loops.applies(query, key, value):
+        if attention_loops.applies(query, key, value):
             return attention_loops.LoopPackedAttention.apply(query, key, value, self.groups, scaling)[None]
         outputs = []
         for tile, _ in self.tiles:

@@ -1,7 +1,8 @@
 /* Attention of a packed row with its gradient (attention_loops.py): rows are read and written where they lie.
 
-   A group is what shares keys: a prompt and its completions, or what all prompts begin with. One thread does a key-value
-   head of a group at a time, in fp32, so that sums depend on no number of threads. */
+   A group shares keys before its own: some completions their prompt's; a prompt is alone, and so is what all prompts begin
+   with. A thread does a key-value head of a group at a time, in fp32, and what groups give to keys that they share is added
+   up in their order: nothing depends on the number of threads. */
 #include "vectors.h"
 
 #define QUERIES 64 /* at once, with the weights of all their keys */
@@ -9,10 +10,12 @@
 
 typedef struct { /* attention_loops.py has the same */
     const Number *query, *key, *value, *out, *of_out; /* [tokens, heads, dim] each */
-    Number *target, *of_key, *of_value;               /* `out` of a forward pass, gradient of the query of a backward */
-    float *normalizer, *of_first;                     /* [tokens, heads]; [groups, kv heads, 2, first, dim] */
-    const int64_t *groups, *starts, *lengths;         /* first segment of each group, tokens of each segment */
-    int64_t count, first, kv_heads, repeats, dim, longest; /* groups, tokens of what all begin with, most keys of a query */
+    Number *target;                                   /* `out` of a forward pass, gradient of the query of a backward */
+    float *of_key, *of_value, *normalizer;            /* [tokens, kv heads, dim] twice, [tokens, heads] */
+    float *shared;                                    /* [groups, kv heads, 2, most shared, dim] */
+    const int64_t *groups, *prompts, *prompt_lengths; /* first segment of each group, and the prompt that it shares */
+    const int64_t *starts, *lengths;                  /* of each segment */
+    int64_t count, first, most, kv_heads, repeats, dim, longest; /* groups, tokens that all begin with, most keys */
     int64_t row_query, row_key, row_value;            /* elements between tokens */
     float scaling;
 } Packed;
@@ -105,7 +108,7 @@ static void read_tokens(const Packed *p, Room *s, int64_t head, int64_t start, i
     memset(s->of_values + at * dim, 0, 4 * count * dim);
 }
 
-/* `row` of `count` weights, after which up to `end` there are zeros: exp(x - most), or softmax where that is not known */
+/* `count` weights of a row, and zeros up to `end`: exp(x - normalizer) where that is known, else a softmax, and it is noted */
 INLINE void soften(float *row, int64_t count, int64_t end, float *normalizer, int known) {
     float most = -INFINITY;
     for (int64_t j = count; j < end; j++) row[j] = -INFINITY;
@@ -159,56 +162,75 @@ static void some_queries(const Packed *p, Room *s, int64_t kv_head, int64_t head
     copy_back(p->target + place, row, s->sums, rows, dim, p->scaling);
 }
 
-/* what was added up of the keys and values of `count` tokens from `start` on, at place `at` */
-static void write_tokens(const Packed *p, Room *s, int64_t head, int64_t start, int64_t count, int64_t at) {
-    const int64_t dim = p->dim, row = p->kv_heads * dim, place = start * row + head * dim;
-    copy_back(p->of_key + place, row, s->of_keys + at * dim, count, dim, 1);
-    copy_back(p->of_value + place, row, s->of_values + at * dim, count, dim, 1);
+/* gradients of `count` keys and values from `token` on += these */
+static void add_tokens(const Packed *p, const float *keys, const float *values, int64_t head, int64_t token, int64_t count) {
+    const int64_t dim = p->dim, row = p->kv_heads * dim;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            float *key = p->of_key + (token + i) * row + head * dim + d, *value = p->of_value + (key - p->of_key);
+            store(key, load(key) + load(keys + i * dim + d));
+            store(value, load(value) + load(values + i * dim + d));
+        }
 }
 
+/* how many tokens all begin with that are before a group, which is none for themselves */
+INLINE int64_t first_of(const Packed *p, int64_t group) { return p->starts[p->groups[group]] < p->first ? 0 : p->first; }
+
 static void a_group(const Packed *p, Room *s, int64_t group, int64_t head, int backward) {
-    const int64_t begin = p->groups[group], dim = p->dim, is_first = p->first && group == 0;
-    const int64_t first = is_first ? 0 : p->first, own = p->lengths[begin];
+    const int64_t dim = p->dim, first = first_of(p, group), before = first + p->prompt_lengths[group];
     read_tokens(p, s, head, 0, first, 0, backward);
-    for (int64_t segment = begin; segment < p->groups[group + 1]; segment++) {
-        const int64_t start = p->starts[segment], length = p->lengths[segment], before = first + (segment > begin ? own : 0);
+    read_tokens(p, s, head, p->prompts[group], p->prompt_lengths[group], first, backward);
+    for (int64_t segment = p->groups[group]; segment < p->groups[group + 1]; segment++) {
+        const int64_t start = p->starts[segment], length = p->lengths[segment];
         read_tokens(p, s, head, start, length, before, backward);
         for (int64_t repeat = 0; repeat < p->repeats; repeat++)
             for (int64_t i = 0; i < length; i += QUERIES)
                 some_queries(p, s, head, head * p->repeats + repeat, start + i, length - i < QUERIES ? length - i : QUERIES,
                              before + i + 1, backward);
-        if (backward && segment > begin) write_tokens(p, s, head, start, length, before);
+        if (backward) add_tokens(p, s->of_keys + before * dim, s->of_values + before * dim, head, start, length);
     }
     if (!backward) return;
-    if (!is_first) write_tokens(p, s, head, p->starts[begin], own, first);
-    if (p->first) {
-        float *place = p->of_first + (group * p->kv_heads + head) * 2 * p->first * dim;
-        memcpy(place, s->of_keys, 4 * p->first * dim);
-        memcpy(place + p->first * dim, s->of_values, 4 * p->first * dim);
-    }
+    float *shared = p->shared + (group * p->kv_heads + head) * 2 * p->most * dim;
+    memcpy(shared, s->of_keys, 4 * before * dim);
+    memcpy(shared + p->most * dim, s->of_values, 4 * before * dim);
 }
 
-/* 0, or 1 where there was no memory */
+static float *room_for(const Packed *p, Room *s, int backward) {
+    const int64_t wide = (p->longest + 2 * LANES - 1) / LANES * LANES, dim = p->dim; /* 7 more than the keys at least */
+    float **const parts[] = {&s->keys, &s->values, &s->key_columns, &s->query, &s->sums, &s->weights,
+                             &s->of_keys, &s->of_values, &s->value_columns, &s->slope, &s->of_weights};
+    const int64_t sizes[] = {wide * dim, wide * dim, wide * dim, QUERIES * dim, QUERIES * dim, QUERIES * wide,
+                             wide * dim, wide * dim, wide * dim, QUERIES * dim, QUERIES * wide};
+    const int count = backward ? 11 : 6;
+    int64_t all = 0;
+    for (int i = 0; i < count; i++) all += sizes[i];
+    float *memory = calloc(all, 4);
+    for (int64_t i = 0, from = 0; memory && i < count; from += sizes[i++]) *parts[i] = memory + from;
+    s->wide = wide;
+    return memory;
+}
+
+/* 0, or 1 where there was no memory; of_key and of_value begin with zeros */
 int packed_attention(const Packed *p, int64_t backward) {
     int failed = 0;
-#pragma omp parallel
+#pragma omp parallel reduction(| : failed)
     {
-        const int64_t wide = (p->longest + 2 * LANES - 1) / LANES * LANES, dim = p->dim; /* 7 more than the keys at least */
-        Room s = {.wide = wide};
-        float **const parts[] = {&s.keys, &s.values, &s.key_columns, &s.query, &s.sums, &s.weights,
-                                 &s.of_keys, &s.of_values, &s.value_columns, &s.slope, &s.of_weights};
-        const int64_t sizes[] = {wide * dim, wide * dim, wide * dim, QUERIES * dim, QUERIES * dim, QUERIES * wide,
-                                 wide * dim, wide * dim, wide * dim, QUERIES * dim, QUERIES * wide};
-        const int count = backward ? 11 : 6;
-        int64_t all = 0;
-        for (int i = 0; i < count; i++) all += sizes[i];
-        float *memory = calloc(all, 4);
-        if (!memory) failed = 1;
-        for (int64_t i = 0, from = 0; i < count; from += sizes[i++]) *parts[i] = memory + from;
+        Room s;
+        float *memory = NULL; /* of a thread that has something to do */
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < p->count * p->kv_heads; task++)
-            if (memory) a_group(p, &s, task / p->kv_heads, task % p->kv_heads, backward);
+        for (int64_t task = 0; task < p->count * p->kv_heads; task++) {
+            if (memory || (memory = room_for(p, &s, backward))) a_group(p, &s, task / p->kv_heads, task % p->kv_heads, backward);
+            else failed = 1;
+        }
         free(memory);
+#pragma omp for schedule(static)
+        for (int64_t head = 0; head < p->kv_heads; head++)
+            for (int64_t group = 0; backward && group < p->count; group++) {
+                const int64_t first = first_of(p, group), dim = p->dim;
+                const float *keys = p->shared + (group * p->kv_heads + head) * 2 * p->most * dim, *values = keys + p->most * dim;
+                add_tokens(p, keys, values, head, 0, first);
+                add_tokens(p, keys + first * dim, values + first * dim, head, p->prompts[group], p->prompt_lengths[group]);
+            }
     }
     return failed;
 }

@@ -14,38 +14,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from src.engine.decode_loops import apply_to, loops, places
+from src.engine.decode_loops import Shape, apply_to, loops, places, shape_for
 from src.engine.kernels import works
 
 FEWEST = 2**16  # numbers of the queries that are worth a compiler's second
+AT_ONCE = 4  # completions of a prompt, whose keys a thread reads once for them
 
 
 class Groups(NamedTuple):
-    """Segments of a packed row that share keys lie together: a prompt and its completions, or what all begin with."""
+    """Segments of a packed row that share keys: a few completions, or a prompt alone, or what all begin with."""
 
     first_segments: Tensor  # [groups + 1]
+    prompts: Tensor  # [groups] where what each shares begins
+    prompt_lengths: Tensor  # [groups]
     starts: Tensor  # [segments]
     lengths: Tensor  # [segments]
-    first: int  # tokens that all begin with, which are the first group; 0 where there is none
+    first: int  # tokens that all begin with, which are the first segment; 0 where there is none
+    most: int  # most keys that a group shares, those included
     longest: int  # most keys of a query
 
 
-def groups_of(starts, lengths, prefix_starts, prefix_lengths, first: int) -> Groups | None:
-    """None where a segment's prefix is not the whole segment that begins its group."""
-    begins = np.flatnonzero(prefix_lengths == 0)
-    if not len(begins) or begins[0] > 0:
-        return None
-    before = np.repeat(begins, np.diff(np.r_[begins, len(starts)]))  # [segments] that which begins its group
-    alone = prefix_lengths == 0
-    whole = (prefix_starts == starts[before]) & (prefix_lengths == lengths[before])
-    if not (alone | whole).all() or (first and lengths[0] != first):
-        return None
-    longest = int((first + prefix_lengths + lengths).max())
+def groups_of(starts, lengths, prefix_starts, prefix_lengths, first: int) -> Groups:
+    """At most AT_ONCE segments with the same prefix, one after the other, are a group; without one each is alone."""
+    begins: list[int] = []
+    for segment, (place, length) in enumerate(zip(prefix_starts.tolist(), prefix_lengths.tolist(), strict=True)):
+        same = begins and (place, length) == (prefix_starts[begins[-1]], prefix_lengths[begins[-1]])
+        if not same or not length or segment - begins[-1] == AT_ONCE:
+            begins.append(segment)
 
     def column(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
 
-    return Groups(column(np.r_[begins, len(starts)]), column(starts), column(lengths), first, longest)
+    columns = np.r_[begins, len(starts)], prefix_starts[begins], prefix_lengths[begins], starts, lengths
+    most = first + int(prefix_lengths.max())
+    longest = first + int((prefix_lengths + lengths).max())
+    return Groups(*map(column, columns), first, most, longest)  # type: ignore[arg-type, call-arg]
 
 
 class Arguments(ctypes.Structure):
@@ -53,9 +56,9 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "of_out")),
-        *((name, ctypes.c_void_p) for name in ("target", "of_key", "of_value", "normalizer", "of_first")),
-        *((name, ctypes.c_void_p) for name in ("groups", "starts", "lengths")),
-        *((name, ctypes.c_int64) for name in ("count", "first", "kv_heads", "repeats", "dim", "longest")),
+        *((name, ctypes.c_void_p) for name in ("target", "of_key", "of_value", "normalizer", "shared")),
+        *((name, ctypes.c_void_p) for name in ("groups", "prompts", "prompt_lengths", "starts", "lengths")),
+        *((name, ctypes.c_int64) for name in ("count", "first", "most", "kv_heads", "repeats", "dim", "longest")),
         *((name, ctypes.c_int64) for name in ("row_query", "row_key", "row_value")),
         ("scaling", ctypes.c_float),
     ]
@@ -66,11 +69,13 @@ def call(tensors: tuple[Tensor | None, ...], groups: Groups, scaling: float, bac
     query, key, value = (x for x in tensors[:3] if x is not None)
     _, kv_heads, dim = key.shape
     arguments = Arguments(
-        *places(*tensors, *groups[:3]), len(groups.first_segments) - 1, groups.first, kv_heads,
+        *places(*tensors, *groups[:5]), len(groups.prompts), groups.first, groups.most, kv_heads,
         query.shape[1] // kv_heads, dim, groups.longest, query.stride(0), key.stride(0), value.stride(0), scaling,
     )  # fmt: skip
     if loops(query.dtype).packed_attention(ctypes.byref(arguments), ctypes.c_int64(backward)):
-        raise MemoryError("attention in loops of C found no memory; lower training.max_tokens_per_microbatch")
+        raise MemoryError(
+            "attention in loops of C found no memory; lower the tokens of a pass (training.max_tokens_per_microbatch)"
+        )
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -96,14 +101,13 @@ class LoopPackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(context, slope: Tensor):
         query, key, value, out, normalizer = context.saved_tensors
-        groups, first, (_, kv_heads, dim) = context.groups, context.groups.first, key.shape
-        of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
-        parts = normalizer.new_empty(len(groups.first_segments) - 1, kv_heads, 2, first, dim)  # of what all begin with
-        gradients = of_query, of_key, of_value, normalizer, parts
+        groups, (_, kv_heads, dim) = context.groups, key.shape
+        of_query = torch.empty_like(out)
+        of_key, of_value = normalizer.new_zeros(2, *key.shape)  # in fp32
+        shared = normalizer.new_empty(len(groups.prompts), kv_heads, 2, groups.most, dim)
+        gradients = of_query, of_key, of_value, normalizer, shared
         call((query, key, value, out, slope.contiguous(), *gradients), groups, context.scaling, backward=True)
-        if first:
-            of_key[:first], of_value[:first] = parts.sum(0).permute(1, 2, 0, 3)  # [2, first, Hkv, D]
-        return of_query, of_key, of_value, None, None
+        return of_query, of_key.to(key.dtype), of_value.to(key.dtype), None, None
 
 
 def applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -112,11 +116,11 @@ def applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if ctypes.c_int.in_dll(loops(query.dtype), "has_tiles").value:
         return False
-    return agrees(query.shape[1], key.shape[1], query.shape[2], query.dtype)
+    return agrees(query.shape[1], key.shape[1], query.shape[2], query.dtype, shape_for(query.dtype))
 
 
 @cache
-def agrees(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> bool:
+def agrees(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, shape: Shape) -> bool:
     """Whether LoopPackedAttention gives what torch gives in fp32, and its gradients; tells when not."""
 
     @torch.inference_mode(False)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from src.engine.wide_products import times
-
 LARGEST = 2**25  # weights [segments, heads, queries, keys] of one call
 
 
@@ -45,7 +43,7 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling):
         ctx.scaling = scaling
-        output = times(weights_of(query, key, mask, scaling).to(value.dtype), value)  # [S, Hkv, R * L, D]
+        output = weights_of(query, key, mask, scaling).to(value.dtype) @ value  # [S, Hkv, R * L, D]
         ctx.save_for_backward(query, key, value, mask, output)
         return output
 
@@ -54,11 +52,11 @@ class TileAttention(torch.autograd.Function):
     def backward(ctx, of_output):
         query, key, value, mask, output = ctx.saved_tensors
         weights = weights_of(query, key, mask, ctx.scaling)  # [S, Hkv, R * L, K]
-        of_value = times(weights.to(value.dtype).transpose(-1, -2), of_output)  # [S, Hkv, K, D]
+        of_value = weights.to(value.dtype).transpose(-1, -2) @ of_output  # [S, Hkv, K, D]
         mean = (of_output.float() * output.float()).sum(-1, keepdim=True)  # [S, Hkv, R * L, 1]
         of_weights = product(of_output, value.transpose(-1, -2))
         of_scores = of_weights.sub_(mean).mul_(weights).mul_(ctx.scaling).to(query.dtype)  # [S, Hkv, R * L, K]
-        return times(of_scores, key), times(of_scores.transpose(-1, -2), query), of_value, None, None
+        return of_scores @ key, of_scores.transpose(-1, -2) @ query, of_value, None, None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:

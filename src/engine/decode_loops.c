@@ -182,27 +182,28 @@ static void some_rows(Tile t, int rows, const int goes_on) {
 /* 0, or 1 where there was no memory */
 int product(const Number *x, const Number *weights, const Number *bias, Number *out,
             int64_t rows, int64_t inputs, int64_t outputs) {
-    int failed = 0;
     const int64_t panels = rows ? (outputs + WIDTH - 1) / WIDTH : 0, blocks = (rows + PASS - 1) / PASS;
     const int64_t at_once = HALF ? inputs : AT_ONCE;
     /* few panels are shared by the threads: then each takes some of the rows */
     const int64_t groups = panels >= FEW || blocks < 2 ? 1 : blocks < FEW ? blocks : FEW;
+#if WIDENS
+    float *given = malloc(4 * rows * inputs + 1);
+    if (!given) return 1;
+#else
+    const Number *given = x;
+#endif
 #pragma omp parallel
     {
         int64_t configured = 0;
-#if WIDENS /* each thread for itself, in a fiftieth of the time of its product */
-        float *rows_of_x = malloc(4 * rows * inputs + 1);
-        if (!rows_of_x) failed = 1;
-        for (int64_t i = 0; rows_of_x && i < rows * inputs; i++) {
+#if WIDENS
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * inputs; i++) {
             const uint32_t bits = (uint32_t)x[i] << 16;
-            memcpy(rows_of_x + i, &bits, 4);
+            memcpy(given + i, &bits, 4);
         }
-#else
-        const Number *rows_of_x = x;
 #endif
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < panels * groups; task++) {
-            if (!rows_of_x) continue;
             const int64_t panel = task / groups, column = panel * WIDTH;
             const int64_t first = task % groups * blocks / groups, end = (task % groups + 1) * blocks / groups;
             for (int64_t from = 0; from < inputs; from += at_once) {
@@ -213,7 +214,7 @@ int product(const Number *x, const Number *weights, const Number *bias, Number *
                     const int64_t row = block * PASS, left = rows - row < PASS ? rows - row : PASS;
                     if (left != configured) configure(configured = left);
                     some_rows((Tile){
-                        .x = rows_of_x + row * inputs + from, .panel = begin, .bias = bias ? bias + column : bias,
+                        .x = given + row * inputs + from, .panel = begin, .bias = bias ? bias + column : bias,
                         .out = out + row * outputs + column, .row = inputs, .inputs = count, .outputs = outputs,
                         .columns = outputs - column < WIDTH ? outputs - column : WIDTH,
                         .stride = share * (HALF ? 2 : 1) / count,
@@ -223,11 +224,11 @@ int product(const Number *x, const Number *weights, const Number *bias, Number *
             }
         }
         release();
-#if WIDENS
-        free(rows_of_x);
-#endif
     }
-    return failed;
+#if WIDENS
+    free(given);
+#endif
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -48,25 +48,25 @@ class Shape(NamedTuple):
 
 def shape_for(dtype: torch.dtype) -> Shape | None:
     """That of this processor's vectors; None where the loops are not for it."""
-    return shape_of(dtype, torch.backends.cpu.get_cpu_capability())
+    return shape_of(dtype, torch.backends.cpu.get_cpu_capability(), wide_products.are_faster())
 
 
 @cache
-def shape_of(dtype: torch.dtype, capability: str) -> Shape | None:
-    """The same of a processor that can so much; called before each loop."""
+def shape_of(dtype: torch.dtype, capability: str, wide: bool) -> Shape | None:
+    """The same of a processor that can so much."""
     shape = {"AVX2": Shape(8, 24, 4), "AVX512": Shape(16, 48, 8)}.get(capability)
     if dtype == torch.float32 or shape is None:
         return shape
     if dtype != torch.bfloat16:
         return None
-    return shape._replace(inputs=2) if wide_products.are_faster() else Shape(16, 32, 8, 32, dots=True)
+    return shape._replace(inputs=2) if wide else Shape(16, 32, 8, 32, dots=True)
 
 
 @cache
 def functions(dtype: torch.dtype, shape: Shape) -> ctypes.CDLL | None:
-    """What is compiled of decode_loops.c for numbers of this type."""
+    """What is compiled of loops.c for numbers of this type."""
     sizes = {"HALF": int(dtype != torch.float32), "LANES": shape.lanes, "WIDTH": shape.width, "ROWS": shape.rows}
-    sizes["TILES"] = int(shape.dots and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+    sizes["TILES"] = int(shape.dots and wide_products.has_tiles())
     sizes["DOTS"] = int(shape.dots)
     flags = tuple(
         f"-D{name}={value}" for name, value in (sizes | {"LONGEST_HEAD": LONGEST_HEAD, "PARTS": PARTS}).items()

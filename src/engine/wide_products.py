@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from src.engine.compiler import X86
 
-LARGEST = 2**24  # elements of a copy of results, or of their gradient
+LARGEST = 2**24  # elements of a copy in fp32, beside that of the weights
 
 
 def are_faster() -> bool:
@@ -22,9 +22,15 @@ def are_faster() -> bool:
 
 
 @cache
+def has_tiles() -> bool:
+    """Whether there are tiles (AMX), and the system lets them be used."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+@cache
 def faster_with(capability: str) -> bool:
     """The same of a processor that can so much; dot products of bf16 are slower than those of fp32 on Intel's."""
-    if not X86 or torch.cpu._is_amx_tile_supported():
+    if not X86 or has_tiles():
         return False
     has_dots = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     return not has_dots or "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
@@ -54,23 +60,26 @@ class WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., inputs], weight [outputs, inputs], bias [outputs] -> [..., outputs]."""
-        context.save_for_backward(x, weight)
+        context.save_for_backward(x if context.needs_input_grad[1] else None, weight)  # a frozen weight needs no x
+        context.shape = x.shape
         flat = x.reshape(-1, x.shape[-1])  # [rows, inputs]
         out, wide, bias = x.new_empty(len(flat), len(weight)), weight.float(), None if bias is None else bias.float()
-        for rows in parts(*out.shape):
+        for rows in parts(len(flat), max(weight.shape)):
             out[rows] = F.linear(flat[rows].float(), wide, bias)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(context, slope: Tensor):
         x, weight = context.saved_tensors
         wants_x, wants_weight, wants_bias = context.needs_input_grad
-        flat, slopes = x.reshape(-1, x.shape[-1]), slope.reshape(-1, slope.shape[-1])  # [rows, inputs or outputs]
-        of_x, wide = torch.empty_like(flat), weight.float() if wants_x else None
+        slopes = slope.reshape(-1, slope.shape[-1])  # [rows, outputs]
+        flat = x.reshape(-1, x.shape[-1]) if wants_weight else slopes  # [rows, inputs]
+        of_x = slopes.new_empty(len(slopes) if wants_x else 0, weight.shape[1])
+        wide = weight.float() if wants_x else None
         of_weight = torch.zeros(weight.shape if wants_weight else 0)
         of_bias = torch.zeros(len(weight) if wants_bias else 0)
-        for rows in parts(*slopes.shape):
+        for rows in parts(len(slopes), max(weight.shape)):
             some = slopes[rows].float()
             if wide is not None:
                 of_x[rows] = some @ wide
@@ -78,8 +87,8 @@ class WideProduct(torch.autograd.Function):
                 torch.addmm(of_weight, some.t(), flat[rows].float(), out=of_weight)  # which --profile counts
             if wants_bias:
                 of_bias += some.sum(0)
-        found = of_x.view(x.shape), of_weight.to(weight.dtype), of_bias.to(weight.dtype)
-        return tuple(one if wanted else None for one, wanted in zip(found, context.needs_input_grad, strict=True))
+        found = of_x.view(context.shape) if wants_x else None, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+        return found[0], found[1] if wants_weight else None, found[2] if wants_bias else None
 
 
 class WideLinear(nn.Linear):
