@@ -13,12 +13,12 @@ from src.engine.cuda_decoding import uses_graphs
 from src.engine.distributed import AloneError, world
 from src.engine.lighter import kept_of_layer
 from src.engine.memory import free_memory, give_back, memory_of, out_of_memory, peak_memory
-from src.engine.models import Float32Head, decoder_layers
+from src.engine.models import decoder_layers
 from src.engine.packing import split_into_microbatches
 from src.engine.room import Kept, cache_bytes, fit_to_memory
 from src.engine.scoring import CHUNK_ELEMENTS, KEPT
 from src.engine.sharding import is_sharded
-from src.engine.wide_products import WideLinear
+from src.engine.wide_products import multiplied_in
 from src.records import Group, Problem
 
 logger = logging.getLogger("grpo")
@@ -211,8 +211,8 @@ def memory_plan(config: Config, model, anchor, tokens: int | None = None) -> dic
     chunk = CHUNK_ELEMENTS[model.device.type]  # its gradient, and in fp32 what is computed of it; kept are more
     wanted = tokens * vocabulary * model.dtype.itemsize * (1 if anchor is None else 2)
     logits = min(wanted, KEPT * chunk) + 8 * min(tokens * vocabulary, chunk + vocabulary)
-    is_wide = isinstance(model.get_output_embeddings(), WideLinear | Float32Head) and model.dtype != torch.float32
-    wide_head = 4 * vocabulary * shape.hidden_size if is_wide else 0
+    is_wide = config.model.fp32_head or multiplied_in(model.device, model.dtype) == torch.float32
+    wide_head = 4 * vocabulary * shape.hidden_size if is_wide and model.dtype != torch.float32 else 0
     slots = min(training.inference_batch_size, training.batch_size)
     of_slot, of_prompt = cache_bytes(model, prompt, completion)
     cache = slots * of_slot + math.ceil(slots / group) * of_prompt
