@@ -55,7 +55,7 @@ def parts(rows: int, width: int) -> list[slice]:
 
 
 class WideProduct(torch.autograd.Function):
-    """x @ weight.T + bias, keeping what it got."""
+    """x @ weight.T + bias; for the gradient it keeps the weight, and x where the weight wants one."""
 
     @staticmethod
     def forward(context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,8 +87,11 @@ class WideProduct(torch.autograd.Function):
                 torch.addmm(of_weight, some.t(), flat[rows].float(), out=of_weight)  # which --profile counts
             if wants_bias:
                 of_bias += some.sum(0)
-        found = of_x.view(context.shape) if wants_x else None, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
-        return found[0], found[1] if wants_weight else None, found[2] if wants_bias else None
+        return (
+            of_x.view(context.shape) if wants_x else None,
+            of_weight.to(weight.dtype) if wants_weight else None,
+            of_bias.to(weight.dtype) if wants_bias else None,
+        )
 
 
 class WideLinear(nn.Linear):
