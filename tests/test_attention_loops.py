@@ -144,6 +144,10 @@ def test_groups_share_keys_and_are_few_segments_of_one_prompt_after_another():
     assert found.first_segments.tolist() == [0, 1, 2, 6, 10, 11, 12, 13]
     assert found.prompts.tolist()[2:] == [6, 6, 6, 29, 29] and found.prompt_lengths.tolist() == [0, 0, 5, 5, 5, 0, 3]
     assert (found.first, found.most, found.longest) == (6, 11, 13)
+    prefill = groups_of(
+        *np.array([(0, 6, 0, 0), (6, 5, 0, 0), (11, 4, 0, 0)]).T, 6
+    )  # prompts alone, as prefill.py says it
+    assert prefill.first_segments.tolist() == [0, 1, 2, 3]
 
 
 @pytest.fixture
