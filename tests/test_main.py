@@ -34,8 +34,8 @@ training:
 """
 
 
-def run_main(folder: Path, *arguments: str, python: tuple[str, ...] = (str(MAIN),)):
-    """main.py in a process of its own, in `folder`, without a network."""
+def run_main(folder: Path, *arguments: str, python: tuple[str, ...]):
+    """Python in a process of its own, in `folder`, without a network."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
