@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from src.engine import cuda_decoding, decode_loops, room, sampler
 from src.engine.cpu_layers import LoopAttention, LoopOperations
+from src.engine.cpu_step import LoopStep
 from src.engine.cuda_decoding import FlashAttention, PaddedAttention, StepRunner, flash_works, layout_for
 from src.engine.decoding import GroupedAttention, JoinedAttention, MergedAttention
 from src.engine.packing import pack
@@ -236,13 +237,14 @@ def test_the_modes_above_do_what_they_are_called(mode, monkeypatch):
     replays = count_calls(monkeypatch, Recording, "replay")
     flash = count_calls(monkeypatch, FlashAttention, "arrange")
     loops = count_calls(monkeypatch, LoopOperations, "feed_forward"), count_calls(monkeypatch, LoopAttention, "read")
+    in_one = count_calls(monkeypatch, LoopStep, "__call__")
     products = count_calls(monkeypatch, decode_loops, "product")
     sample(packed, slots=7)
     assert not joins and not replays and not any(loops) and not products
     steps.clear()
     mode()
     sample(packed, slots=7)
-    assert all(loops) == bool(products) == (mode.name == "loops")
+    assert all(loops) == bool(products) == bool(in_one) == (mode.name == "loops")
     assert len(joins) == (mode.name == "joined for the last") and ("flash" in mode.name) == (len(flash) > 1)
     assert len(replays) > len(steps) if "captured" in mode.name else not replays  # a shape's first step, and capture
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import src.engine.decode_loops as decode_loops
+from src.engine.cpu_step import step_for
 from src.engine.decode_loops import LONGEST_HEAD, loops, shape_for
 from src.engine.decoding import GroupedAttention, SlotCache, cache_shape
 from src.engine.kernels import works
@@ -60,6 +61,7 @@ class LoopAttention(SlotCache):
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
         self.count = slots
+        self.step: tuple | None = None  # of cpu_step.py
         super().__init__(prompt, slots, width)
         self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
 
@@ -175,6 +177,11 @@ class LoopOperations(Operations):
                 n, source.shape[1] // dim, dim, source.stride(0), *target.stride()[:2], epsilon,
             )))  # fmt: skip
         return attention.read(part.layer_idx, query, part.scaling)
+
+    def at_once(self, decoder: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, attention) -> Tensor | None:
+        """In a rollout, whose weights lie as the loops want them."""
+        step = step_for(decoder, attention)
+        return None if step is None else step(hidden, cosine, sine)
 
     def feed_forward(self, hidden: Tensor, mlp: Any) -> Tensor:
         """[n, hidden] -> [n, hidden]."""

@@ -21,14 +21,12 @@ SMALLEST = {
     torch.bfloat16: 0,
     torch.float32: 2**25,
 }  # bytes of weights; in fp32 torch is as fast where a cache holds them
+PRODUCTS = "products_of_a_rollout"  # of a decoder while its weights lie so: those of its layers
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other on the same tensor
 
 
-def multiplied(weights: Tensor, bias: Tensor | None, rows: int, in_loops: bool) -> Callable[[Tensor], Tensor]:
-    """x -> x @ weights.T + bias, of about `rows` rows, with a copy of the weights [outputs, inputs]."""
-    if in_loops and decode_loops.fits(weights):
-        panels, outputs = decode_loops.side_by_side(weights), len(weights)
-        return lambda x: decode_loops.product(x, panels, bias, outputs)
+def multiplied(weights: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """x -> x @ weights.T + bias, of about `rows` rows, with a copy of the weights [outputs, inputs], by oneDNN."""
     if not has_products(weights.dtype):
         return lambda x: WideProduct.apply(x, weights, bias)
     linear, reordered = (
@@ -42,11 +40,16 @@ class Product:
     """One product for layers that read the same input: the first call computes it, the others take their part."""
 
     def __init__(self, layers: list[nn.Linear], rows: int, in_loops: bool):
-        self.wide = isinstance(layers[0], Float32Head)
+        self.layers, self.wide = layers, isinstance(layers[0], Float32Head)
         dtype = torch.float32 if self.wide else layers[0].weight.dtype
         weights = torch.cat(tuple(layer.weight for layer in layers)).to(dtype)  # [all outputs, inputs]
         bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers)).to(dtype)
-        self.multiply = multiplied(weights, bias, rows, in_loops)
+        self.bias, self.panels, outputs = bias, None, len(weights)
+        if in_loops and decode_loops.fits(weights):
+            self.panels = panels = decode_loops.side_by_side(weights)
+            self.multiply: Callable = lambda x: decode_loops.product(x, panels, bias, outputs)
+        else:
+            self.multiply = multiplied(weights, bias, rows)
         self.sizes = [layer.out_features for layer in layers]
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
@@ -108,6 +111,7 @@ def applies(model, free: float) -> bool:
 def in_order_of_the_processor(model, rows: int, free: float):
     """Inside, where it `applies`, linear layers multiply about `rows` rows with reordered copies of their weights."""
     layers: list[nn.Linear] = []
+    decoder, products = model.get_decoder(), {}
     if applies(model, free):
         in_loops = decode_loops.applies(model)
         for group in gathered(model):
@@ -115,8 +119,11 @@ def in_order_of_the_processor(model, rows: int, free: float):
             for index, layer in enumerate(group):
                 vars(layer)["forward"] = product.part(index)
                 layers.append(layer)
+                products[layer] = product
+        vars(decoder)[PRODUCTS] = products
     try:
         yield
     finally:
+        vars(decoder).pop(PRODUCTS, None)
         for layer in layers:
             del vars(layer)["forward"]

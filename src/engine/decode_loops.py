@@ -154,6 +154,11 @@ def product(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Te
     result = x.new_empty(*x.shape[:-1], outputs)
     rows, of_bias = x.numel() // inputs, None if bias is None else bias.data_ptr()
     places = x.data_ptr(), weights.data_ptr(), of_bias, result.data_ptr()
-    if loops(x.dtype).product(*places, rows, inputs, outputs):
-        raise MemoryError("a product in loops of C found no memory; lower training.inference_batch_size")
+    check_memory(loops(x.dtype).product(*places, rows, inputs, outputs))
     return result
+
+
+def check_memory(failed: int) -> None:
+    """MemoryError where a loop says that it found none."""
+    if failed:
+        raise MemoryError("a product in loops of C found no memory; lower training.inference_batch_size")

@@ -3,3 +3,4 @@
 #include "layer_loops.c"
 #include "training_loops.c"
 #include "attention_loops.c"
+#include "step_loops.c"

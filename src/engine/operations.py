@@ -31,6 +31,10 @@ class Operations:
         query, key = (turned(x, cosine[:, None, None], sine[:, None, None]) for x in (query, key))
         return attention.attend(part.layer_idx, query, key, value, part.scaling)
 
+    def at_once(self, decoder: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, attention) -> Tensor | None:
+        """All layers, hidden [n, hidden] -> [n, hidden]; None: one by one."""
+        return None
+
     def feed_forward(self, hidden: Tensor, mlp: Any) -> Tensor:
         """[n, hidden] -> [n, hidden]."""
         return mlp(hidden)
