@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, tuple] = {  # of functions that take no struct: places, the
     "norm": (4, 2, ctypes.c_float),
     "norm_gradient": (6, 2),
     "gated_gradient": (6, 1),
+    "choose": (5, 3, ctypes.c_float),
     "statistics": (5, 2),
     "statistics_gradient": (7, 2),
 }

@@ -48,16 +48,21 @@ def chooser_works(device: torch.device) -> bool:
     def trial() -> None:
         from src.engine.token_kernel import choose_tokens as fused
 
-        settings = SamplingSettings(1, 0.9, 64, (), seed=0)
-        logits = 3 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))  # [64, 5000]
-        keys = torch.tensor([episode_key(0, 0, 0, sample) for sample in range(64)], device=device)
-        positions, logits = torch.arange(64, device=device), logits.to(device, torch.bfloat16)
-        tokens, logprobs = fused(logits, settings, keys, positions)
-        expected, expected_logprobs = choose_tokens(logits, settings, keys, positions)
-        same = tokens == expected  # but where a number lies at the border of two
-        agreement = same.float().mean()
-        torch.testing.assert_close(agreement, torch.ones_like(agreement), atol=0.05, rtol=0.0)
-        logprobs = torch.where(same, logprobs, expected_logprobs)
-        torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-4, rtol=1e-4)
+        check_chooser(fused, device, torch.bfloat16, 0.9)
 
     return works("sampling without Triton's kernels", trial)
+
+
+def check_chooser(fused: Callable, device: torch.device, dtype: torch.dtype, temperature: float) -> None:
+    """AssertionError where it chooses other tokens than token_choice.py."""
+    settings = SamplingSettings(1, temperature, 64, (), seed=0)
+    logits = 3 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))  # [64, 5000]
+    keys = torch.tensor([episode_key(0, 0, 0, sample) for sample in range(64)], device=device)
+    positions, logits = torch.arange(64, device=device), logits.to(device, dtype)
+    tokens, logprobs = fused(logits, settings, keys, positions)
+    expected, expected_logprobs = choose_tokens(logits.clone(), settings, keys, positions)
+    same = tokens == expected  # but where a number lies at the border of two
+    agreement = same.float().mean()
+    torch.testing.assert_close(agreement, torch.ones_like(agreement), atol=0.05, rtol=0.0)
+    logprobs = torch.where(same, logprobs, expected_logprobs)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-4, rtol=1e-4)

@@ -4,3 +4,4 @@
 #include "training_loops.c"
 #include "attention_loops.c"
 #include "step_loops.c"
+#include "token_loops.c"

@@ -26,7 +26,6 @@ from src.engine.cpu_weights import in_order_of_the_processor
 from src.engine.cuda_decoding import Layout, StepRunner, layout_for, own_stream
 from src.engine.decoding import FEW, GroupedAttention, join
 from src.engine.ending import PLAIN, cut_episodes
-from src.engine.kernels import token_chooser
 from src.engine.layers import layers_for
 from src.engine.memory import free_memory
 from src.engine.prefill import prefill
@@ -34,6 +33,7 @@ from src.engine.profiling import phase
 from src.engine.room import Kept, fit_to_memory
 from src.engine.scoring import head_logits
 from src.engine.token_choice import SamplingSettings, episode_key
+from src.engine.token_loops import token_chooser
 from src.engine.turns import Turns
 from src.records import Episode, Group, Problem
 
@@ -62,7 +62,7 @@ class SlotDecoder:
         self.prompt_hidden, prompt = prefill(model, problems)
         self.slots = min(slots, total)
         self.attention: Layout = layout_for(model)(prompt, self.slots, settings.width)
-        self.layers, self.choose_tokens = layers_for(model), token_chooser(device, settings)
+        self.layers, self.choose_tokens = layers_for(model), token_chooser(model, settings)
         self.runner = StepRunner(device)
         self.eos = torch.tensor(settings.eos_ids, device=device)
         # changed in place, for the graphs; a column more than needed: ended slots keep writing there until a look
