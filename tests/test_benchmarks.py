@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fp32_head, gpu_first, ot_figure, ot_scale, step, turns, update
+from benchmarks import fp32_head, gpu_first, in_turn, ot_figure, ot_scale, step, turns, update
 from src.records import Episode, Group, Problem
 
 SMALLEST = ["--shape", "tiny", "--prompts", "2", "--samples", "2", "--new_tokens", "4", "--quick", "--dtype", "float32"]
@@ -143,3 +143,40 @@ def test_a_stage_that_takes_too_long_is_stopped_with_what_it_has_started(tmp_pat
             return
         time.sleep(0.05)
     pytest.fail("what it has started goes on")
+
+
+STEPS = """
+import pathlib
+def train_step(run, step):
+    with pathlib.Path({log!r}).open("a") as log:
+        log.write({name!r})
+    return step
+"""
+MAIN = """
+import sys, pathlib
+import src.train_grpo as method
+words = dict(word.split("=") for word in sys.argv if "=" in word)
+for step in range(int(words["training.max_steps"]) - {fewer}):
+    method.train_step(None, step)
+pathlib.Path("runs").mkdir()
+"""
+
+
+@pytest.mark.parametrize("fewer", [0, 2])
+def test_checkouts_make_their_steps_in_turn_and_nothing_is_left_in_them(fewer, tmp_path, monkeypatch, capsys):
+    for name in ("before", "now"):
+        (tmp_path / name / "src").mkdir(parents=True)
+        (tmp_path / name / "src" / "train_grpo.py").write_text(STEPS.format(log=str(tmp_path / "log"), name=name[0]))
+        (tmp_path / name / "main.py").write_text(MAIN.format(fewer=fewer if name == "before" else 0))
+    monkeypatch.setattr(in_turn, "PROJECT", tmp_path / "now")
+    monkeypatch.setattr(sys, "argv", ["in_turn", str(tmp_path / "before"), "--steps", "5", "--warm_up", "1"])
+    if fewer:
+        with pytest.raises(SystemExit, match="a run has ended: "):
+            in_turn.main()
+        return
+    in_turn.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["pairs"] == 4 and found["ratio_of_seconds"][1] <= found["ratio_of_seconds"][0]
+    assert (tmp_path / "log").read_text() == "bnnbbnnbbn"
+    assert {file.name for file in (tmp_path / "now").iterdir()} == {"src", "main.py"}
+    assert in_turn.interval([2.0, 2.0]) == [2.0, 2.0, 2.0] and in_turn.interval([1.0, 4.0])[0] == 2.0
