@@ -1,5 +1,8 @@
 """A decode step in one call is to the bit what its loops give one by one, and is taken where layers are made for it."""
 
+import gc
+from weakref import ref
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +88,25 @@ def test_a_rollout_of_it_has_the_completions_of_layers_one_by_one(monkeypatch):
     assert len(calls) == count and tokens_of(in_one) == tokens_of(one_by_one)
     assert [x.logprobs for g in in_one for x in g.episodes] == [x.logprobs for g in one_by_one for x in g.episodes]
     assert PRODUCTS not in vars(model.get_decoder())
+
+
+@needs_loops
+def test_the_copies_of_the_weights_and_the_caches_end_with_the_rollout(monkeypatch):
+    """Without waiting for Python to look for cycles."""
+    model, made, whole = make_pair("qwen3")[0], [], LoopStep.__call__
+
+    def noted(step, *given):
+        panels = next(iter(step.kept[0].values())).panels
+        made.extend(map(ref, (step, panels, given[-1].keys[0])))
+        return whole(step, *given)
+
+    monkeypatch.setattr(LoopStep, "__call__", noted)
+    gc.disable()
+    try:
+        sample(model, slots=5)
+        assert made and not any(one() is not None for one in made)
+    finally:
+        gc.enable()
 
 
 def other_epsilon(model) -> None:

@@ -61,7 +61,6 @@ class LoopAttention(SlotCache):
 
     def __init__(self, prompt: tuple[Tensor, Tensor, np.ndarray], slots: int, width: int):
         self.count = slots
-        self.step: tuple | None = None  # of cpu_step.py
         super().__init__(prompt, slots, width)
         self.longest = int(self.prompt_lengths.max()) + width  # no sequence grows longer
 
@@ -69,6 +68,7 @@ class LoopAttention(SlotCache):
         """Other prompts for the same slots."""
         super().renew(prompt)
         self.slots = torch.arange(self.count)  # where each row's keys lie
+        self.step: tuple | None = None  # of cpu_step.py, which keeps copies of the weights alive
 
     def move(self, keep: Tensor) -> None:
         """The kept rows become the first, and their keys stay."""
@@ -181,7 +181,7 @@ class LoopOperations(Operations):
     def at_once(self, decoder: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, attention) -> Tensor | None:
         """In a rollout, whose weights lie as the loops want them."""
         step = step_for(decoder, attention)
-        return None if step is None else step(hidden, cosine, sine)
+        return None if step is None else step(hidden, cosine, sine, attention)
 
     def feed_forward(self, hidden: Tensor, mlp: Any) -> Tensor:
         """[n, hidden] -> [n, hidden]."""

@@ -84,7 +84,7 @@ class LoopStep:
             )))  # fmt: skip
         own, prompt = attention.keys[0], attention.prompt_keys[0]  # [slots, Hkv, width, D], [prompts, Hkv, P, D]
         dim, slots = own.shape[-1], len(own)
-        self.kept = decoder, products, attention, attention.prompt_keys, attention.prompt_values  # what is pointed at
+        self.kept = products, attention.prompt_keys, attention.prompt_values  # pointed at; not what refers to this
         self.layers = (LayerArguments * len(layers))(*layers)
         self.scratch = [own.new_empty(slots, size) for size in (
             max(queries + 2 * keys, 2 * inner), max(2 * queries, inner), width)]  # fmt: skip
@@ -103,9 +103,9 @@ class LoopStep:
             yield (attention.prompt_keys[index], attention.prompt_values[index], attention.keys[index],
                    attention.values[index])  # fmt: skip
 
-    def __call__(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, cosine: Tensor, sine: Tensor, attention: Any) -> Tensor:
         """hidden [n, hidden], which is used up, cosine and sine [n, D] -> [n, hidden]."""
-        attention, given, normed = self.kept[2], self.arguments, torch.empty_like(hidden)
+        given, normed = self.arguments, torch.empty_like(hidden)
         given.cosine, given.sine, given.hidden, given.normed = places(cosine, sine, hidden, normed)
         given.prompts, given.prompt_lengths, given.slots, given.places = places(
             attention.prompts, attention.lengths, attention.slots, attention.places
