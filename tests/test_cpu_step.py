@@ -133,8 +133,9 @@ def a_layer_around(model) -> None:
 
 
 def a_bias_of_one(model) -> None:
-    part = model.model.layers[0].self_attn
-    part.k_proj.bias = torch.nn.Parameter(torch.ones(len(part.k_proj.weight)))
+    for layer in model.model.layers:
+        project = layer.self_attn.k_proj
+        project.bias = torch.nn.Parameter(torch.ones(len(project.weight)))
 
 
 OTHERS = {

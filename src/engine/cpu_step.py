@@ -121,8 +121,8 @@ def step_for(decoder: Any, attention: Any) -> LoopStep | None:
     if products is None:
         return None
     known = attention.step
-    if known is None or known[0] is not products or known[1] is not attention.prompt_keys:
+    if known is None or known[0] is not products:
         shape = one_shape(decoder, products)
         made = None if shape is None else LoopStep(decoder, products, shape, attention)
-        attention.step = known = (products, attention.prompt_keys, made)
-    return known[2]
+        attention.step = known = (products, made)
+    return known[1]
