@@ -164,6 +164,7 @@ def test_stopped_before_its_first_step_none_is_the_base():
     assert row["difference"] == pytest.approx(0.5) and row["half"] == 0 and row["seeds"] == 2
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_a_run_of_it_trains_and_measures_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["frontier", "--quick", "--lines", "none", "--results", str(tmp_path / "r.jsonl")])
     frontier.main()

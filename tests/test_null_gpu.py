@@ -50,6 +50,7 @@ def test_a_decode_step_an_update_and_the_plan_of_memory_keep_to_their_budgets():
     assert found["peak"]["taken"] <= found["peak"]["planned"] <= 1.05 * found["peak"]["taken"], found["peak"]
 
 
+@pytest.mark.slow  # the plan of memory is tested above
 def test_whole_steps_go_on_in_a_card_that_is_too_small_for_the_longest_pass():
     """The config of 0.5b, whose update wants 17 GiB, in 12: the passes become half as long, before the first step."""
     found = on_stand_in("fits.py", "0.5b", "qwen2.5-0.5b", gib=12)

@@ -217,6 +217,7 @@ def test_compared_configs_differ_in_nothing_but_the_penalty():
     assert (training.loss_type, training.beta, training.ot_target, training.ot_window) == ("ot", 0.1, 0.005, 8)
 
 
+@pytest.mark.slow  # collects all tests once more
 def test_the_gpu_tests_are_collected_where_only_torch_and_transformers_are():
     absent = ["peft", "ot", "datasets", "math_verify", "reasoning_gym"]
     code = (
