@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -36,14 +35,23 @@ def kept(source: Path, words: list[str]) -> Path:
 
 
 def keep(made: Path, place: Path) -> None:
-    """Whole or not at all, also when several processes do."""
-    partial = place.with_suffix(f".{os.getpid()}")
+    """Whole or not at all, also when several processes do; with its hash behind it, which a linker does not read."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+        partial = Path(file.name)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(made, partial)
+        with partial.open("ab") as file:
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         partial.replace(place)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_whole(place: Path) -> bool:
+    """Whether it is what was kept: one that a crash has cut would end the process."""
+    data = place.read_bytes()
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
 @cache
@@ -56,8 +64,9 @@ def loops_of(source: Path, without: str, flags: tuple[str, ...] = ()) -> ctypes.
     try:
         place = None if sys.dont_write_bytecode else kept(source, words)
         if place:
-            with suppress(OSError):  # not there, or damaged
-                return ctypes.CDLL(str(place))
+            with suppress(OSError):  # not there
+                if is_whole(place):
+                    return ctypes.CDLL(str(place))
         with tempfile.TemporaryDirectory() as folder:
             made, target = f"{folder}/loop.o", f"{folder}/loop.so"
             # linked without -fopenmp, which would bring threads beside torch's

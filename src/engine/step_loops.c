@@ -1,7 +1,7 @@
 /* The layers of a decode step one after the other: what cpu_layers.py calls one by one, to the same bits. */
 #include "vectors.h"
 
-typedef struct { /* cpu_layers.py has the same, and of the next one */
+typedef struct { /* cpu_step.py has the same, and of the next one */
     const Number *attention_norm, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias;
     const Number *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
     const Number *prompt_keys, *prompt_values;

@@ -1,11 +1,11 @@
 /* The token of each row of logits by the random number of its place: token_choice.py does the same in torch's operations. */
 #include "vectors.h"
 
-#define BLOCK 256 /* logits whose weights are added up at once */
+#define LOGITS 256 /* logits whose weights are added up at once */
 
 /* some logits as fp32, up to a block of them, and -inf behind the last; how many that are, whole vectors */
 INLINE int64_t read_block(const Number *logits, int64_t count, float *x) {
-    if (count > BLOCK) count = BLOCK;
+    if (count > LOGITS) count = LOGITS;
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store(x + i, read(logits + i));
     if (i == count) return i;
@@ -40,9 +40,9 @@ static double uniform(const uint64_t key, const uint64_t position) {
 
 /* the first place of the largest, which is stored; one that is NaN is none */
 static int64_t place_of_largest(const Number *row, const int64_t count, float *largest) {
-    float x[BLOCK], top = -INFINITY;
+    float x[LOGITS], top = -INFINITY;
     int64_t place = 0;
-    for (int64_t from = 0; from < count; from += BLOCK) {
+    for (int64_t from = 0; from < count; from += LOGITS) {
         const int64_t wide = read_block(row + from, count - from, x);
         Vector most = (Vector){0} + top;
         for (int64_t i = 0; i < wide; i += LANES) most = larger(most, load(x + i));
@@ -58,15 +58,15 @@ static int64_t place_of_largest(const Number *row, const int64_t count, float *l
 /* greedy where `inverse` of the temperature is 0; the log-prob of a row that is not finite is NaN */
 void choose(const Number *logits, const int64_t *keys, const int64_t *positions, int64_t *tokens, float *logprobs,
             int64_t rows, int64_t vocabulary, int64_t row_stride, float inverse) {
-    const int64_t blocks = (vocabulary + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (vocabulary + LOGITS - 1) / LOGITS;
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const Number *row = logits + r * row_stride;
-        float x[BLOCK], sums[blocks], top;
+        float x[LOGITS], sums[blocks], top;
         int64_t token = place_of_largest(row, vocabulary, &top);
         double total = 0, before = 0;
         for (int64_t b = 0; b < blocks; b++) {
-            const int64_t count = read_block(row + b * BLOCK, vocabulary - b * BLOCK, x);
+            const int64_t count = read_block(row + b * LOGITS, vocabulary - b * LOGITS, x);
             sums[b] = weigh(x, count, top, inverse ? inverse : 1);
             total += sums[b];
         }
@@ -74,10 +74,10 @@ void choose(const Number *logits, const int64_t *keys, const int64_t *positions,
             const double share = uniform(keys[r], positions[r]) * total;
             int64_t block = 0;
             while (block < blocks - 1 && !(before + sums[block] > share)) before += sums[block++];
-            const int64_t count = read_block(row + block * BLOCK, vocabulary - block * BLOCK, x);
+            const int64_t count = read_block(row + block * LOGITS, vocabulary - block * LOGITS, x);
             weigh(x, count, top, inverse);
             for (int64_t i = 0; i < count && !(before > share); i++) {
-                if (x[i] > 0) token = block * BLOCK + i; /* sums of floats may end a little before their numbers' */
+                if (x[i] > 0) token = block * LOGITS + i; /* sums of floats may end a little before their numbers' */
                 before += x[i];
             }
         }
