@@ -53,10 +53,11 @@ def decoded(model, attention: LoopAttention, rows: int, in_one: bool, begin: int
 
 @in_each
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("rows", [1, 3, 34])
+@pytest.mark.parametrize(("rows", "inner"), [(1, 80), (3, 80), (34, 80), (34, 400)])
 @torch.inference_mode()
-def test_it_gives_what_the_loops_give_one_by_one(kind, rows, dtype, monkeypatch):
-    model, calls, whole = make(kind, dtype), [], LoopStep.__call__
+def test_it_gives_what_the_loops_give_one_by_one(kind, rows, inner, dtype, monkeypatch):
+    """The room between products is as large as the heads want it, or as the MLP does."""
+    model, calls, whole = make(kind, dtype, intermediate_size=inner), [], LoopStep.__call__
     monkeypatch.setattr(LoopStep, "__call__", lambda *given: (calls.append(1), whole(*given))[1])
     assert type(layers_for(model).args[0]) is LoopOperations
     results = []
@@ -72,8 +73,9 @@ def test_it_gives_what_the_loops_give_one_by_one(kind, rows, dtype, monkeypatch)
         results.append(first + second)
         torch.nn.init.normal_(model.model.layers[1].mlp.down_proj.weight, 0.0, 0.3, torch.Generator().manual_seed(3))
         if in_one:
-            assert len(calls) == 8
-            model = make(kind, dtype)
+            sizes = [part.shape[1] for part in attention.step[1].scratch]
+            assert sizes == [max(160, 2 * inner), max(192, inner), 96] and len(calls) == 8
+            model = make(kind, dtype, intermediate_size=inner)
     assert len(calls) == 8 and all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 

@@ -54,19 +54,18 @@ def one_shape(decoder: Any, products: dict[Any, Product]) -> tuple | None:
     """Sizes of the products, epsilon and scaling, where all layers have the same and are made of whole vectors."""
     found = set()
     for layer in decoder.layers:
-        made = [products.get(group[0]) for group in linear_layers(layer)]
-        if any(
-            one is None or one.panels is None or one.layers != group
-            for one, group in zip(made, linear_layers(layer), strict=True)
-        ):
-            return None
-        sizes = tuple(tuple(one.sizes) for one in made if one)
+        sizes = []
+        for group in linear_layers(layer):
+            product = products.get(group[0])
+            if product is None or product.panels is None or product.layers != group:
+                return None
+            sizes.append(tuple(product.sizes))
         epsilons = {norm.variance_epsilon for norm in (*norms(layer), decoder.norm) if norm is not None}
-        found.add((sizes, *epsilons, layer.self_attn.scaling))
+        found.add((tuple(sizes), *epsilons, layer.self_attn.scaling))
     shape = shape_for(decoder.norm.weight.dtype)
-    (sizes, *rest), *others = found
-    whole = shape is not None and sizes[1][0] % shape.lanes == 0 and sizes[2][0] % shape.lanes == 0
-    return (sizes, *rest) if whole and not others and len(rest) == 2 else None
+    (of_all, *rest), *others = found
+    whole = shape is not None and of_all[1][0] % shape.lanes == 0 and of_all[2][0] % shape.lanes == 0
+    return (of_all, *rest) if whole and not others and len(rest) == 2 else None
 
 
 class LoopStep:
@@ -88,11 +87,13 @@ class LoopStep:
         self.layers = (LayerArguments * len(layers))(*layers)
         self.scratch = [own.new_empty(slots, size) for size in (
             max(queries + 2 * keys, 2 * inner), max(2 * queries, inner), width)]  # fmt: skip
+        projected, between, update = places(*self.scratch)
+        strides = zip(("prompt_stride", "prompt_head_stride", "slot_stride", "head_stride"),
+                      (*prompt.stride()[:2], *own.stride()[:2]), strict=True)  # fmt: skip
         self.arguments = StepArguments(
-            ctypes.addressof(self.layers), decoder.norm.weight.data_ptr(), None, None,
-            None, None, *places(*self.scratch), *places(None, None, None, None),
-            len(layers), 0, width, inner, queries // dim, keys // dim, dim,
-            *prompt.stride()[:2], *own.stride()[:2], epsilon, scaling,
+            layers=ctypes.addressof(self.layers), norm=decoder.norm.weight.data_ptr(), projected=projected,
+            between=between, update=update, count=len(layers), width=width, inner=inner, heads=queries // dim,
+            kv_heads=keys // dim, dim=dim, epsilon=epsilon, scaling=scaling, **dict(strides),
         )  # fmt: skip
 
     @staticmethod

@@ -3,6 +3,7 @@
 transformers' own forward pass stays what defines a model: each model is tried, and one that gives something else here,
 or is of another family, or has hooks, is decoded by its own. On a GPU the same in a third of the kernels: products of
 the same input at once, and three kernels of layer_kernels.py for what lies between the products and the attention.
+On a CPU loops of C, which are tried one by one; a rollout calls them at once (cpu_step.py).
 """
 
 from collections.abc import Iterable
