@@ -19,6 +19,7 @@ from src.engine.layers import layers_for
 
 FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 PROMPTS = np.array([7, 40])
+pytestmark = pytest.mark.usefixtures("capability")
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +141,14 @@ def a_bias_of_one(model) -> None:
         project.bias = torch.nn.Parameter(torch.ones(len(project.weight)))
 
 
+def a_forward_of_its_own(model) -> None:
+    """That somebody gave to one layer, to try something."""
+    project = model.model.layers[1].self_attn.k_proj
+    project.forward = lambda x: 2 * torch.nn.functional.linear(x, project.weight)
+
+
 OTHERS = {
+    "own forward": ({}, a_forward_of_its_own),
     "hidden": ({"hidden_size": 90}, None),
     "intermediate": ({"intermediate_size": 77}, None),
     "epsilon": ({}, other_epsilon),
@@ -167,6 +175,7 @@ def test_other_layers_are_decoded_one_by_one(name):
                 one_shape(model.model, vars(model.model)[PRODUCTS]) is None and step_for(model.model, attention) is None
             )
             found.append(decoded(model, attention, 3, in_one))
+    assert name != "own forward" or "forward" in vars(model.model.layers[1].self_attn.k_proj)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

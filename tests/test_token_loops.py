@@ -4,11 +4,14 @@ import logging
 
 import pytest
 import torch
-from test_decode_loops import in_each, make, needs_loops
+from test_decode_loops import in_each, make, needs_halves, needs_loops, numbers
 
 from src.engine import decode_loops, token_choice, token_loops
+from src.engine.models import widen_head
 from src.engine.token_choice import SamplingSettings, episode_key, uniforms
 from src.engine.token_loops import chooser_works, token_chooser
+
+pytestmark = pytest.mark.usefixtures("capability")
 
 
 def settings(temperature: float = 1.0) -> SamplingSettings:
@@ -116,3 +119,16 @@ def test_it_is_taken_for_models_that_are_worth_it_where_its_trial_succeeds(fault
     assert [record.message.split(":")[0] for record in caplog.records] == (
         ["sampling without its loop in C, which is slower"] if fault else []
     )
+
+
+@needs_halves
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_has_the_type_of_the_logits(dtype, monkeypatch):
+    model, tried = make(dtype=torch.bfloat16), []
+    if dtype == torch.float32:
+        widen_head(model)
+    assert model.get_output_embeddings()(numbers(3, 96, dtype=torch.bfloat16)).dtype == dtype
+    monkeypatch.setattr(decode_loops, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(token_loops, "chooser_works", lambda *given: tried.append(given) is None)
+    assert token_chooser(model, settings()) is token_loops.choose_tokens
+    assert tried == [(dtype, decode_loops.shape_for(dtype))]

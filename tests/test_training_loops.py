@@ -191,6 +191,14 @@ def test_a_model_in_loops_gives_the_same_scores_and_gradients(name, dtype):
     assert lighten(lighter_one, in_loops=True) == 0
 
 
+@in_each
+@pytest.mark.parametrize("target", [-1, 60, -100])
+def test_a_target_that_is_no_token_is_refused(target, dtype):
+    targets = torch.tensor([3, target, 59])
+    with pytest.raises(IndexError, match="no token of a vocabulary of 60"):
+        training_loops.statistics(numbers(3, 60, dtype=dtype), targets[:, None])
+
+
 @needs_loops
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("kind", ["Norm", "MLP", "Attention"])

@@ -28,7 +28,7 @@ def ran(*words: str) -> str:
 def kept(source: Path, words: list[str]) -> Path:
     """Where it is kept: in __pycache__, by all that it is made of, also by what "native" means to the compiler."""
     made_of = ran(*words, "-###", "-S", str(source), "-o", "loop.s").encode()
-    for file in sorted(source.parent.glob("*.[ch]")):
+    for file in (Path(__file__), *sorted(source.parent.glob("*.[ch]"))):
         made_of += file.read_bytes()
     name = f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     return Path(cache_from_source(str(source))).with_name(name)

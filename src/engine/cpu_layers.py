@@ -1,4 +1,4 @@
-"""A decode step on a CPU in loops of C (decode_loops.c): attention, and what layer_kernels.py has for a GPU.
+"""A decode step on a CPU in loops of C (decode_loops.c, layer_loops.c): attention, and what layer_kernels.py is for.
 
 They give what torch's operations give but for the last bits, and a row does not depend on its neighbours.
 """
@@ -45,7 +45,7 @@ class AttentionArguments(ctypes.Structure):
 
 
 class TurnArguments(ctypes.Structure):
-    """As in decode_loops.c."""
+    """As in layer_loops.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("source", "cosine", "sine", "weight", "target", "slots", "places")),

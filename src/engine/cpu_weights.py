@@ -74,18 +74,23 @@ class Product:
         return forward
 
 
+def is_plain(layer: nn.Module | None, classes: tuple = LINEAR) -> bool:
+    """Whether it multiplies as its class does: nobody gave it a forward of its own."""
+    return type(layer) in classes and "forward" not in vars(layer)
+
+
 def gathered(model) -> list[list[nn.Linear]]:
-    """The linear layers, siblings together."""
+    """The plain linear layers, siblings together."""
     groups: list[list[nn.Linear]] = []
     seen: set[nn.Module] = set()
     for module in model.modules():
         for names in SIBLINGS:
             layers: list = [getattr(module, name, None) for name in names]
             alike = {(type(layer), getattr(layer, "bias", None) is None) for layer in layers}
-            if len(alike) == 1 and alike <= {(kind, bare) for kind in LINEAR for bare in (True, False)}:
+            if len(alike) == 1 and all(map(is_plain, layers)):
                 groups.append(layers)
                 seen.update(layers)
-    single = (module for module in model.modules() if type(module) in (*LINEAR, Float32Head))
+    single = (module for module in model.modules() if is_plain(module, (*LINEAR, Float32Head)))
     return groups + [[module] for module in single if module not in seen]
 
 

@@ -10,6 +10,7 @@ import src.engine.decode_loops as decode_loops
 import src.engine.kernels as kernels
 import src.engine.token_choice as token_choice
 from src.engine.decode_loops import apply_to, loops
+from src.engine.models import Float32Head
 from src.engine.token_choice import SamplingSettings
 
 
@@ -27,7 +28,8 @@ def choose_tokens(logits: Tensor, settings: SamplingSettings, keys: Tensor, posi
 
 def token_chooser(model, settings: SamplingSettings) -> Callable:
     """choose_tokens for this model's logits."""
-    if decode_loops.applies(model) and chooser_works(model.dtype, decode_loops.shape_for(model.dtype)):
+    dtype = torch.float32 if isinstance(model.get_output_embeddings(), Float32Head) else model.dtype  # of the logits
+    if decode_loops.applies(model) and chooser_works(dtype, decode_loops.shape_for(dtype)):
         return choose_tokens
     return kernels.token_chooser(model.device, settings)
 
