@@ -5,7 +5,7 @@
 
 Both train the same config, each with the Python of its own checkout, and one waits while the other makes a step: A B,
 B A, A B ... After `--warm_up` steps each pair is a ratio; what is said is their geometric mean with its 95% interval
-(bootstrap over pairs), in seconds and in seconds of processors. Nothing of the checkouts is changed: the runs go to a
+(of their logarithms), in seconds and in seconds of processors. Nothing of the checkouts is changed: the runs go to a
 temporary folder. The last line of stdout is one JSON document.
 """
 
@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.frontier import interval
 
 PROJECT = Path(__file__).resolve().parent.parent
 CHILD = """
@@ -74,11 +75,10 @@ class Checkout:
         return wall, processors
 
 
-def interval(ratios: Sequence[float]) -> list[float]:
+def mean_ratio(ratios: Sequence[float]) -> list[float]:
     """Geometric mean, and the ends of its 95% interval."""
-    logs, draws = [math.log(ratio) for ratio in ratios], random.Random(0)
-    means = sorted(statistics.mean(draws.choices(logs, k=len(logs))) for _ in range(2000))
-    return [round(math.exp(value), 3) for value in (statistics.mean(logs), means[49], means[1950])]
+    mean, half = interval([math.log(ratio) for ratio in ratios])
+    return [round(math.exp(value), 3) for value in (mean, mean - half, mean + half)]
 
 
 def main() -> None:
@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=4)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of both configs")
     options = parser.parse_args()
+    if options.steps < options.warm_up + 2:
+        parser.error("an interval wants two pairs or more; let --steps be --warm_up + 2 at least")
     options.set = ["training.eval_interval=0", "data.eval_size=16", "data.eval_samples=1", *options.set]
     with tempfile.TemporaryDirectory() as folder:
         sides = {
@@ -110,7 +112,7 @@ def main() -> None:
         values = {name: [step[place] for step in found] for name, found in taken.items()}
         ratios = [before / now for before, now in zip(values["before"], values["now"], strict=True)]
         document[what] = {name: round(statistics.median(found), 4) for name, found in values.items()}
-        document[f"ratio_of_{what}"] = interval(ratios)
+        document[f"ratio_of_{what}"] = mean_ratio(ratios)
         print(f"{what}: before {document[what]['before']}, now {document[what]['now']}; before over now "
               "{} [{}, {}]".format(*document[f"ratio_of_{what}"]), file=sys.stderr)  # fmt: skip
     print(json.dumps(document))

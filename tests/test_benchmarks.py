@@ -179,4 +179,12 @@ def test_checkouts_make_their_steps_in_turn_and_nothing_is_left_in_them(fewer, t
     assert found["pairs"] == 4 and found["ratio_of_seconds"][1] <= found["ratio_of_seconds"][0]
     assert (tmp_path / "log").read_text() == "bnnbbnnbbn"
     assert {file.name for file in (tmp_path / "now").iterdir()} == {"src", "main.py"}
-    assert in_turn.interval([2.0, 2.0]) == [2.0, 2.0, 2.0] and in_turn.interval([1.0, 4.0])[0] == 2.0
+    assert in_turn.mean_ratio([2.0, 2.0]) == [2.0, 2.0, 2.0]
+    assert in_turn.mean_ratio([1.0, 4.0, 2.0, 2.0]) == [2.0, 0.813, 4.922]  # 2 e^(+- 3.182 ln 2 sqrt(2 / 3) / 2)
+
+
+def test_checkouts_want_two_pairs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["in_turn", "before", "--steps", "5"])
+    with pytest.raises(SystemExit):
+        in_turn.main()
+    assert "let --steps be --warm_up + 2 at least" in capsys.readouterr().err

@@ -50,8 +50,10 @@ def test_it_is_compiled_once_and_anew_when_a_source_or_a_flag_changes(source, co
     assert [number(source), number(source)] == [10, 10] and len(compiled) == 3
     monkeypatch.setattr(compiler, "FLAGS", ["-O0", *compiler.FLAGS[1:]])
     assert number(source) == 10 and len(compiled) == 4
+    monkeypatch.setattr(compiler, "__file__", str(source.with_suffix(".h")))  # as if it had changed itself
+    assert number(source) == 10 and len(compiled) == 5
     names = {file.name for file in (source.parent / "__pycache__").iterdir()}
-    assert len(names) == 4 and all(name.startswith("number-") and name.endswith(".so") for name in names)
+    assert len(names) == 5 and all(name.startswith("number-") and name.endswith(".so") for name in names)
 
 
 def test_another_processor_or_compiler_has_its_own(source, compiled, monkeypatch):

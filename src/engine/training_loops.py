@@ -94,7 +94,9 @@ def statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logits [tokens, vocab], target [tokens, 1] -> log-prob and entropy [tokens], normalizer [tokens, 1]."""
     logits, target = logits.contiguous(), target.contiguous()
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:  # C would read what is there
-        raise IndexError(f"a target is no token of a vocabulary of {logits.shape[1]}")
+        raise IndexError(
+            f"a target is no token of a vocabulary of {logits.shape[1]}; take the tokenizer that belongs to the model"
+        )
     chosen, entropy, normalizer = torch.empty(3, len(logits))  # [tokens] each
     loops(logits.dtype).statistics(*places(logits, target, chosen, entropy, normalizer), *logits.shape)
     return chosen, entropy, normalizer[:, None]
